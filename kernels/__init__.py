@@ -1,0 +1,5 @@
+"""Fused operators of the vision-language path, in Triton. Imported as `megavl.kernels`; knows torch and triton only.
+
+One folder an operator: `reference.py` (plain PyTorch, what is right), `kernel.py` (Triton), `op.py` (public function
+and torch.library operator), `bench.py` (the real shapes). The model reaches them through `megavl/ops.py` alone.
+"""

@@ -1,0 +1,74 @@
+"""What one forward pass reads: rows flattened into one stream of tokens in which documents are told apart.
+
+Every micro-batch has this one form, packed or not: its rows are joined end to end, `cu_seqlens` marks where documents
+start, and padding (if the pipeline needs equal lengths) is a last document without labels. So there is one attention
+path, and no row is padded to another's length.
+
+Shapes: t tokens of the micro-batch, d documents, i images, p positions per image (576), S side of an image in pixels.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from megavl.config import Modality
+
+IGNORE = -100
+"""Label of a position that is not learnt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One micro-batch of one data-parallel rank."""
+
+    tokens: Tensor
+    """Token ids, int64 [t]; image positions hold the placeholder id."""
+    labels: Tensor
+    """The id that follows each position, or `IGNORE`, int64 [t]. Shifted within each document, never across."""
+    positions: Tensor
+    """Rotary position of each token, int64 [t]; restarts with each document when documents are separate."""
+    cu_seqlens: Tensor
+    """Start of each document in the stream and its end, int32 [d+1], strictly increasing from 0 to t."""
+    max_document: int
+    """Tokens of the longest document."""
+    pixels: Tensor | None
+    """Images in reading order, uint8 [i, 3, S, S]; None on ranks without towers and where there is no image."""
+    image_slots: Tensor
+    """Positions in the stream that image features fill, int64 [i*p], in reading order."""
+    num_images: int
+    """i; known on every rank, also where `pixels` is not loaded."""
+    modality: Modality | None
+    """The one modality of its rows, or None if mixed."""
+    sample_ids: tuple[tuple[str, int], ...]
+    """(source name, sample index in the source's store) of every sample, in order."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """A copy on `device`; pinned memory is copied without waiting."""
+        return replace(self, **{f.name: v.to(device, non_blocking=True) for f, v in self._tensors()})
+
+    def pin_memory(self) -> "MicroBatch":
+        """A copy in pinned memory (called by torch's DataLoader)."""
+        return replace(self, **{f.name: v.pin_memory() for f, v in self._tensors()})
+
+    def _tensors(self):
+        pairs = ((f, getattr(self, f.name)) for f in fields(self))
+        return [(f, v) for f, v in pairs if isinstance(v, Tensor)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """All micro-batches of one global step for one data-parallel rank."""
+
+    step: int
+    """Global step, from 0."""
+    language_rows: int
+    """Language rows in the whole global batch (every data-parallel rank)."""
+    micro_batches: tuple[MicroBatch, ...]
+    """In order of execution; equal in t, as the pipeline's buffers need."""
+    failed: tuple[str, ...] = ()
+    """One sentence per image that could not be decoded on this rank; its pixels are the background colour."""
+
+    def pin_memory(self) -> "StepBatch":
+        """A copy in pinned memory (called by torch's DataLoader)."""
+        return replace(self, micro_batches=tuple(m.pin_memory() for m in self.micro_batches))

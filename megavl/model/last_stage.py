@@ -1,0 +1,106 @@
+"""The output head and the loss, cut over the vocabulary.
+
+In: normalised hidden states of the last layer, [t, 1, h] ([t/tp, 1, h] under sequence parallelism). Out: logits of this
+rank's part of the vocabulary [t, v/tp], or the loss of each token, fp32 [t].
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megavl.data.microbatch import IGNORE
+from megavl.ops import PLAIN, Operator, Ops
+
+
+class LastStage(MegatronModule):
+    """Head (not tied to the embedding) and cross-entropy."""
+
+    def __init__(self, config: TransformerConfig, vocab: int, pg: ProcessGroupCollection, ops: Ops = PLAIN) -> None:
+        """Uninitialised head.
+
+        Args:
+            config: the decoder's.
+            vocab: v, a multiple of the tensor size.
+            pg: process groups; those of `tp` share the vocabulary.
+            ops: fused operators.
+        """
+        super().__init__(config)
+        self.tp_group, self.fused = pg.tp, ops.linear_cross_entropy
+        self.head = (ColumnParallelLinear if self.fused is None else LossHead)(
+            config.hidden_size,
+            vocab,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            tp_group=pg.tp,
+        )
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of each token, fp32 [t]; 0 where `labels` [t] is `IGNORE`."""
+        if self.fused is not None:
+            return self.head(hidden, labels, self.fused)
+        learnt = labels != IGNORE  # [t]
+        targets = labels.masked_fill(~learnt, 0).unsqueeze(1)  # [t, 1]
+        logits, _ = self.head(hidden)  # [t, 1, v/tp]
+        loss = vocab_parallel_cross_entropy(logits, targets)  # [t, 1]; overwrites fp32 logits
+        return torch.where(learnt, loss.squeeze(1), 0.0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of this rank's part of the vocabulary, [t, v/tp]."""
+        return self.head(hidden)[0].squeeze(1)
+
+
+class LossHead(ColumnParallelLinear):
+    """megatron-core's layer that, given labels, answers with losses instead of logits.
+
+    The weight is read inside a call of the module that owns it: under overlapped parameter gathering a hook on that
+    call waits until the weight has arrived.
+    """
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, fused: Operator | None = None) -> Any:
+        """Logits and bias as ever, or the loss of each token, fp32 [t].
+
+        Args:
+            hidden: [t, 1, h], [t/tp, 1, h] under sequence parallelism.
+            labels: [t]; None: logits are wanted.
+            fused: `Ops.linear_cross_entropy`.
+        """
+        if labels is None or fused is None:
+            return super().forward(hidden)
+        if self.sequence_parallel:  # backward: the ranks' parts of the gradient are summed and cut
+            hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)  # [t, 1, h]
+        total, losses = fused(
+            hidden.squeeze(1),
+            self.weight,
+            labels,
+            group=self.tp_group,
+            vocab_start=self.tp_group.rank() * self.weight.shape[0],
+            reduce_hidden_gradient=not self.sequence_parallel,
+            ignore_index=IGNORE,
+        )
+        return _TokenLosses.apply(total, losses)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Token losses with the gradient of their sum, which is all that a fused loss keeps.
+
+    A gradient that is not the same for every token cannot be given; it becomes NaN, as seeing it here would mean
+    waiting for the device.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, losses: Tensor) -> Tensor:
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        first = gradient[0]
+        return torch.where((gradient == first).all(), first, torch.nan), None

@@ -1,0 +1,1 @@
+"""Vision towers and the adaptor behind them."""

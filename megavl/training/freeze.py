@@ -1,0 +1,48 @@
+"""Which parts of the model each training stage trains (report section 3.2, Figure 3; the table below is all of it).
+
+In: stages as built, and the number of the training stage. Out: the same stages with `requires_grad` set. To be called
+before the stages are wrapped for data parallelism: gradient buffers are made for trainable parameters only.
+
+SAM stays frozen throughout, as in the report (its stage 3 names GPU memory as the reason); what follows it there, two
+stride-2 convolutions and the side branch `neck_hd` with its factor, counts as adaptor and is always trained.
+"""
+
+from collections.abc import Iterable
+
+from megavl.model.stage import Stage
+
+COMPONENTS = ("sam", "sam_adaptor", "siglip", "aligner", "decoder")
+"""The parts of a model, as `Stage.component_of` names them."""
+
+TRAINED: dict[int, dict[str, bool]] = {
+    # 0 language pre-training of the decoder alone
+    0: {"sam": False, "sam_adaptor": False, "siglip": False, "aligner": False, "decoder": True},
+    # 1 adaptor warm-up
+    1: {"sam": False, "sam_adaptor": True, "siglip": False, "aligner": True, "decoder": False},
+    # 2 joint vision-language pre-training
+    2: {"sam": False, "sam_adaptor": True, "siglip": False, "aligner": True, "decoder": True},
+    # 3 supervised fine-tuning
+    3: {"sam": False, "sam_adaptor": True, "siglip": True, "aligner": True, "decoder": True},
+}
+"""Training stage -> part of the model -> whether it is trained."""
+
+
+def apply_freeze(stages: Iterable[Stage], number: int) -> dict[str, int]:
+    """Set `requires_grad` of every parameter of this rank.
+
+    Args:
+        stages: the chunks of this rank, not wrapped.
+        number: training stage, 0 to 3.
+
+    Returns:
+        Trainable parameters of this rank (its shard, in elements) per component; all zero where a pipeline rank trains
+        nothing.
+    """
+    table = TRAINED[number]
+    trainable = dict.fromkeys(COMPONENTS, 0)
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            component = stage.component_of(name)
+            parameter.requires_grad_(table[component])
+            trainable[component] += parameter.numel() if table[component] else 0
+    return trainable

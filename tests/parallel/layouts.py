@@ -1,0 +1,95 @@
+"""The layouts, the model and the steps of the parity tests, and what the worker processes run."""
+
+import torch
+
+from megavl.config import DecoderConfig, ModelConfig, ParallelConfig, SamConfig, SiglipConfig
+from megavl.parallel.groups import init_groups
+from megavl.training.parity import Comparison, Question, run_layout, run_reference
+from megavl.training.synthetic_batches import CASES, global_batch
+
+TOLERANCE = 1e-5
+"""Relative, fp32; measured differences are 1e-6 to 4e-6."""
+
+STEPS = ("text", *CASES[1:], "text")
+"""Consecutive steps: first a text step on fresh buckets, last a text step after images (momentum moves SigLIP)."""
+STEP_NAMES = ("text", "image", "mixed", "packed", "text again")
+
+BUCKET_SIZE = 3000
+"""Parameters per bucket: about 10 buckets, so that their order matters."""
+
+MODEL = ModelConfig(
+    decoder=DecoderConfig(layers=4, hidden=32, heads=4, kv_heads=2, ffn=48, vocab=64, init_std=0.1),
+    siglip=SiglipConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp=32),
+    sam=SamConfig(
+        image_size=64,
+        patch_size=8,
+        width=16,
+        layers=2,
+        heads=2,
+        mlp=32,
+        window=4,
+        global_layers=(0, 1),
+        neck=8,
+        upsample=16,
+        downsample=(16, 16),
+    ),
+    adaptor="hybrid",
+    background=(122, 116, 104),
+)
+"""Both towers, grouped-query attention; 24 thousand parameters."""
+
+_SP = {"tensor": 2, "sequence": True}
+_DISTRIBUTED = {"distributed_optimizer": True}
+_OVERLAP = {"overlap_grad_reduce": True}
+_OVERLAP_ALL = {**_DISTRIBUTED, **_OVERLAP, "overlap_param_gather": True}
+
+LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
+    name: (ranks, ParallelConfig(device="cpu", **fields))
+    for name, ranks, fields in [
+        ("tp2", 2, {"tensor": 2}),
+        ("tp2sp", 2, _SP),
+        ("pp2", 2, {"pipeline": 2}),
+        ("pp2 uneven", 2, {"pipeline": 2, "layout": "1,3"}),
+        ("pp2vpp2", 2, {"pipeline": 2, "virtual_pipeline": 2}),
+        ("dp2", 2, {}),
+        ("dp2 overlap", 2, _OVERLAP),
+        ("dp2 distributed", 2, _DISTRIBUTED),
+        ("dp2 distributed overlap", 2, _OVERLAP_ALL),
+        ("tp2pp2sp", 4, {**_SP, "pipeline": 2}),
+        ("tp2dp2", 4, {"tensor": 2}),
+        ("tp2dp2sp distributed overlap", 4, {**_SP, **_OVERLAP_ALL}),
+        ("pp2dp2", 4, {"pipeline": 2}),
+        ("pp2dp2 overlap", 4, {"pipeline": 2, **_OVERLAP}),
+        ("pp2dp2 distributed overlap", 4, {"pipeline": 2, **_OVERLAP_ALL}),
+        ("pp2vpp2dp2 distributed overlap", 4, {"pipeline": 2, "virtual_pipeline": 2, **_OVERLAP_ALL}),
+    ]
+}
+"""Name -> ranks and layout."""
+
+RECOMPUTE: dict[str, tuple[int, ParallelConfig]] = {
+    name: (ranks, ParallelConfig(device="cpu", **fields))
+    for name, ranks, fields in [
+        ("recompute full", 1, {"recompute": "full"}),
+        ("recompute selective", 1, {"recompute": "selective"}),
+        ("recompute vision", 1, {"recompute_vision": True}),
+        ("tp2pp2sp recompute full + vision", 4, {**_SP, "pipeline": 2, "recompute": "full", "recompute_vision": True}),
+    ]
+}
+"""The same for activation recomputation."""
+
+
+def question(stage: int) -> Question:
+    """All steps, for one training stage."""
+    return Question(model=MODEL, stage=stage, batches=[global_batch(MODEL, case) for case in STEPS])
+
+
+def save_reference(stage: int, path: str) -> None:
+    """In a world of one: run the plain loop and keep its records."""
+    torch.save(run_reference(question(stage), init_groups(ParallelConfig(device="cpu"))), path)
+
+
+def compare(stage: int, parallel: ParallelConfig, path: str) -> Comparison:
+    """In any world: run a layout beside the records."""
+    groups = init_groups(parallel)
+    records = torch.load(path, weights_only=False)  # written by this test
+    return run_layout(question(stage), parallel, groups, records, bucket_size=BUCKET_SIZE)

@@ -1,0 +1,193 @@
+"""What a step does besides computing gradients: skipping, steps without images, momentum, evaluation, bf16."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from layouts import LAYOUTS, MODEL
+from torch import Tensor
+from world import World
+
+from megavl.config import ParallelConfig
+from megavl.data.microbatch import IGNORE, StepBatch
+from megavl.model.build import build_stages
+from megavl.model.shards import full_parameters
+from megavl.model.vision.tower import VisionTowers
+from megavl.parallel.gradients import replicas_differ, synchronise_parameters, unwrap, wrap_stages
+from megavl.parallel.groups import Groups, init_groups
+from megavl.parallel.random_state import seed_everything
+from megavl.training.freeze import apply_freeze
+from megavl.training.optimizer import make_optimizer
+from megavl.training.parity import PARITY_OPTIM
+from megavl.training.step import StepResult, forward_only, train_step
+from megavl.training.synthetic_batches import Case, global_batch, share
+
+
+class Trainer:
+    """Stages, optimizer and groups of a worker, and a step of a made-up case."""
+
+    def __init__(self, parallel: ParallelConfig, stage: int = 3, dtype: torch.dtype = torch.float32) -> None:
+        self.groups: Groups = init_groups(parallel)
+        seed_everything(1, self.groups)
+        pg, device = self.groups.pg, self.groups.device
+        self.stages = build_stages(MODEL, parallel, dtype=dtype, seed=1, pg=pg, device=device)
+        apply_freeze(self.stages, stage)
+        self.chunks = wrap_stages(self.stages, parallel, self.groups)
+        self.optimizer = make_optimizer(self.chunks, PARITY_OPTIM, parallel, self.groups)
+
+    def step(self, case: Case, **options: Any) -> StepResult:
+        batch = share(global_batch(MODEL, case), self.groups.data_rank, self.groups.data_size)
+        step = StepBatch(step=0, language_rows=0, micro_batches=batch)
+        result = train_step(self.chunks, self.optimizer, step, self.groups, **{"lr": 1e-2, **options})
+        synchronise_parameters(self.chunks)
+        return result
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, _, p in full_parameters(self.stages)}
+
+
+def totals(parallel: ParallelConfig) -> list[StepResult]:
+    """Results of an image and a mixed step."""
+    trainer = Trainer(parallel)
+    return [trainer.step("image"), trainer.step("mixed")]
+
+
+@pytest.mark.parametrize("layout", ["tp2pp2sp", "pp2vpp2dp2 distributed overlap"])
+def test_every_rank_reports_the_totals_of_the_global_batch(world: World, layout: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    results = world.run(totals, parallel, ranks=ranks)
+    assert all(r == results[0] for r in results)
+    for result, case in zip(results[0], ("image", "mixed"), strict=True):
+        batch = global_batch(MODEL, case)
+        labels = {m: sum(int((b.labels != IGNORE).sum()) for b in batch if b.modality == m) for m in result.loss_tokens}
+        assert result.loss_tokens == labels
+        assert result.supervised_tokens == sum(labels.values())
+        assert result.images == sum(b.num_images for b in batch)
+        assert result.tokens == sum(b.tokens.numel() for b in batch)
+        assert result.loss == pytest.approx(sum(result.loss_sums.values()) / result.supervised_tokens)
+        assert result.skipped == ""
+
+
+def spoil_and_recover(parallel: ParallelConfig, spoiled_rank: int, value: float) -> tuple[str, list[str], str]:
+    """A step in which one rank computes `value`, then a sound one: (reason, parameters that moved, second reason)."""
+    trainer = Trainer(parallel)
+    trainer.step("image")
+    before = trainer.parameters()
+    handles = []
+    if trainer.groups.rank == spoiled_rank:
+        decoder = trainer.stages[0].decoder
+        handles.append(decoder.layers[0].register_forward_hook(lambda *a: (a[2][0] * value, *a[2][1:])))
+    bad = trainer.step("image")
+    for handle in handles:
+        handle.remove()
+    after = trainer.parameters()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    return bad.skipped, moved, trainer.step("image").skipped
+
+
+@pytest.mark.parametrize("layout", ["tp2pp2sp", "pp2dp2 overlap", "tp2dp2sp distributed overlap"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_on_one_rank_skips_the_update_on_all(
+    world: World, layout: str, value: float
+) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    for reason, moved, second in world.run(spoil_and_recover, parallel, 1, value, ranks=ranks):
+        assert "nan" in reason
+        assert moved == []
+        assert second == ""
+
+
+def step_without_labels(parallel: ParallelConfig) -> tuple[StepResult, bool]:
+    """A global batch in which nothing is to be learnt."""
+    trainer = Trainer(parallel)
+    before = trainer.parameters()
+    batch = (global_batch(MODEL, "image")[1],)  # of the three kinds of micro-batch, the one without labels
+    step = StepBatch(step=0, language_rows=0, micro_batches=batch)
+    result = train_step(trainer.chunks, trainer.optimizer, step, trainer.groups, lr=1e-2)
+    return result, all(torch.equal(before[n], p) for n, p in trainer.parameters().items())
+
+
+def test_a_step_without_labels_is_skipped(world: World) -> None:
+    for result, unmoved in world.run(step_without_labels, LAYOUTS["pp2"][1], ranks=2):
+        assert (result.supervised_tokens, result.grad_norm, unmoved) == (0, 0, True)
+        assert result.skipped == "no token of the global batch has a label"
+
+
+def text_step_with_broken_towers(parallel: ParallelConfig) -> float:
+    """A text step whose towers raise when they are run."""
+
+    def explode(*_: Any) -> None:
+        raise AssertionError("a step without images ran the towers")
+
+    trainer, forward = Trainer(parallel), VisionTowers.forward
+    VisionTowers.forward = explode  # type: ignore[method-assign]
+    try:
+        return trainer.step("text").loss
+    finally:
+        VisionTowers.forward = forward  # type: ignore[method-assign]
+
+
+def test_a_step_without_images_does_not_touch_the_towers(world: World) -> None:
+    assert len(set(world.run(text_step_with_broken_towers, LAYOUTS["pp2dp2 overlap"][1]))) == 1
+
+
+def momentum(parallel: ParallelConfig) -> tuple[list[float], float]:
+    """How far SigLIP and SAM's frozen part move in an image step and two text steps."""
+    trainer = Trainer(parallel)
+    moves, frozen = [], 0.0
+    before = trainer.parameters()
+    for case in ("image", "text", "text"):
+        trainer.step(case)
+        after = trainer.parameters()
+        change = {name: (after[name] - before[name]).abs().max().item() for name in before}
+        before = after
+        moves.append(change["first_stage.towers.siglip.blocks.0.attn.qkv.weight"])
+        frozen = max(frozen, change["first_stage.towers.sam.blocks.0.attn.qkv.weight"])
+    return moves, frozen
+
+
+def test_text_steps_move_siglip_by_momentum_and_leave_frozen_parts_alone(world: World) -> None:
+    """As documented in training/optimizer.py. With AdamW's bias correction after 1, 2 and 3 updates and a large epsilon
+    the moves shrink by 0.9 * (1 - 0.9) / (1 - 0.9^2) = 0.474 and then by 0.9 * (1 - 0.9^2) / (1 - 0.9^3) = 0.631."""
+    ((image, first, second), frozen) = world.run(momentum, ParallelConfig(device="cpu"), ranks=1)[0]
+    assert image > 0
+    assert frozen == 0
+    assert first / image == pytest.approx(0.474, rel=0.1)
+    assert second / first == pytest.approx(0.631, rel=0.1)
+
+
+def token_losses(parallel: ParallelConfig, count: int) -> list[Tensor]:
+    """Token losses of `count` micro-batches after one step."""
+    trainer = Trainer(parallel)
+    trainer.step("image", vision_lr=0.0)
+    return forward_only(trainer.chunks, global_batch(MODEL, "packed")[:count], trainer.groups)
+
+
+@pytest.mark.parametrize("layout", ["pp2vpp2", "tp2pp2sp", "dp2 distributed overlap"])
+def test_evaluation_gives_token_losses_on_the_last_stage(world: World, layout: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    (expected,) = world.run(token_losses, ParallelConfig(device="cpu"), 3, ranks=1)
+    results = world.run(token_losses, parallel, 3, ranks=ranks)
+    on_last = ranks if parallel.pipeline == 1 else ranks // 2  # the later half of the ranks
+    assert [len(r) for r in results] == [0] * (ranks - on_last) + [3] * on_last
+    for losses in results[-on_last:]:
+        for loss, wanted in zip(losses, expected, strict=True):
+            torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+
+
+def twenty_steps(parallel: ParallelConfig) -> tuple[list[float], list[float], list[str]]:
+    """Losses, gradient norms and drifted copies of 20 bf16 steps."""
+    trainer = Trainer(parallel, dtype=torch.bfloat16)
+    results = [trainer.step(("image", "mixed", "text", "packed")[n % 4]) for n in range(20)]
+    drifted = replicas_differ(unwrap(trainer.chunks), trainer.groups.pg.tp)
+    return [r.loss for r in results], [r.grad_norm for r in results], drifted
+
+
+@pytest.mark.parametrize("layout", ["tp2pp2sp", "tp2dp2sp distributed overlap"])
+def test_twenty_bf16_steps_learn_stay_finite_and_keep_copies_equal(world: World, layout: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    for losses, norms, drifted in world.run(twenty_steps, parallel, ranks=ranks):
+        assert all(map(math.isfinite, losses + norms))
+        assert sum(losses[-4:]) < sum(losses[:4])
+        assert drifted == []

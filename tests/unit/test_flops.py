@@ -1,0 +1,176 @@
+"""Our formulas against torch's FLOP counter on real modules, frozen and not, and against published totals."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megavl.config import DecoderConfig, ModelConfig, ParallelConfig
+from megavl.data.microbatch import MicroBatch
+from megavl.model.build import build_stages
+from megavl.model.sizes import SIZES
+from megavl.model.stage import Stage
+from megavl.model.vision import sam
+from megavl.model.vision.adaptor import make_adaptor
+from megavl.model.vision.tower import VisionTowers
+from megavl.parallel.groups import Groups, destroy_groups, init_groups
+from megavl.training.flops import StepCounts, decoder_flops, image_flops, peak_flops, step_flops
+
+STAGES = {
+    0: (),
+    1: ("sam_adaptor", "aligner"),
+    2: ("sam_adaptor", "aligner", "decoder"),
+    3: ("sam_adaptor", "aligner", "decoder", "siglip"),
+    4: ("sam", "sam_adaptor", "siglip", "aligner", "decoder"),
+}
+"""What each training stage trains; 4 is everything, which no stage does."""
+
+
+def tiny(adaptor: str) -> ModelConfig:
+    """Both towers with a window that does not divide the grid; every size differs from every other."""
+    model = SIZES["tiny_hybrid"]
+    assert model.sam is not None
+    tower = dataclasses.replace(model.sam, window=3, width=48, heads=3, mlp=96, downsample=(24, 40))
+    decoder = dataclasses.replace(model.decoder, hidden=72, layers=2, ffn=80, heads=4, kv_heads=2, vocab=96)
+    small = dataclasses.replace(model, sam=tower, decoder=decoder, adaptor=adaptor)  # type: ignore[arg-type]
+    return dataclasses.replace(small, sam=None) if adaptor == "mlp_gelu" else small
+
+
+class Vision(nn.Module):
+    """Towers and adaptor under the names by which `Stage.component_of` tells components apart."""
+
+    def __init__(self, model: ModelConfig, trained: tuple[str, ...]) -> None:
+        super().__init__()
+        self.first_stage = nn.ModuleDict({"towers": VisionTowers(model), "adaptor": make_adaptor(model)})
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(Stage.component_of(name) in trained)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.first_stage["adaptor"](*self.first_stage["towers"](pixels))
+
+
+def counted(run: nn.Module, *inputs: object) -> int:
+    """What torch counts for forward and, if anything is trained, backward; attention as plain matrix products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        out = run(*inputs)
+        if out.requires_grad:
+            out.sum().backward()
+    return counter.get_total_flops()
+
+
+def textbook_relative_positions(
+    query: torch.Tensor, key: torch.Tensor, rel_pos_h: torch.Tensor, rel_pos_w: torch.Tensor, side: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two products of the definition; the model then appends their results to queries and keys, which makes the
+    score product wider but saves a bias of [n, t, t]: work of this implementation, not of the model.
+    """
+    b, n, _, d = query.shape
+    rows = rel_pos_h[:side].expand(side, side, d)
+    columns = rel_pos_w[:side].expand(side, side, d)
+    by_place = query.view(b, n, side, side, d)
+    row_term = torch.einsum("bnrsd,rud->bnrsu", by_place, rows)
+    column_term = torch.einsum("bnrsd,svd->bnrsv", by_place, columns)
+    return query + (row_term + column_term).sum(-1).view(b, n, -1, 1), key
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+@pytest.mark.parametrize("adaptor", ["mlp_gelu", "hybrid", "shared", "separate", "pool_w"])
+def test_image_against_counter(adaptor: str, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sam, "fold_relative_positions", textbook_relative_positions)
+    monkeypatch.setattr(
+        sam, "resize_bilinear", lambda x, side: functional.interpolate(x, (side, side), mode="bilinear")
+    )
+    model, trained = tiny(adaptor), STAGES[stage]
+    pixels = torch.rand(3, 3, model.image_size, model.image_size)
+    ours = 3 * sum(image_flops(model, trained, padded_windows=True).values())
+    assert counted(Vision(model, trained), pixels) == ours
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[Groups]:
+    yield init_groups(ParallelConfig(device="cpu"))
+    destroy_groups()
+
+
+def text_batch(lengths: list[int], vocab: int) -> MicroBatch:
+    tokens = torch.arange(sum(lengths)) % vocab
+    return MicroBatch(
+        tokens=tokens,
+        labels=tokens.roll(-1),
+        positions=torch.cat([torch.arange(n) for n in lengths]),
+        cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
+        max_document=max(lengths),
+        pixels=None,
+        image_slots=torch.zeros(0, dtype=torch.int64),
+        num_images=0,
+        modality="language",
+        sample_ids=(("text", 0),),
+    )
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_decoder_against_counter(groups: Groups, stage: int) -> None:
+    """Stage 1: the frozen decoder still passes gradients on, here to the adaptor's zero gradients."""
+    model, trained, lengths = tiny("mlp_gelu"), STAGES[stage], [7, 12, 4]
+    (chunk,) = build_stages(
+        model, ParallelConfig(), dtype=torch.float32, seed=1, pg=groups.pg, device=torch.device("cpu")
+    )
+    for name, parameter in chunk.named_parameters():
+        parameter.requires_grad_(chunk.component_of(name) in trained)
+    counts = StepCounts(images=0, tokens=23, squared_lengths=49 + 144 + 16, logits=23)
+    terms = decoder_flops(model.decoder, counts, trained="decoder" in trained, passes=bool(trained))
+    # The counter sees the masked half of the scores too.
+    expected = terms["decoder"] + 2 * terms["attention"] + terms["head"]
+    assert counted(chunk, text_batch(lengths, model.decoder.vocab)) == expected
+
+
+def test_published_totals() -> None:
+    """The multiplier table and per-token figures computed by hand for the released 7B and 1.3B, in 1e9."""
+    seven = SIZES["7b"]
+    once, adaptor, sft = (
+        {name: value / 1e9 for name, value in image_flops(seven, STAGES[stage]).items()} for stage in (0, 1, 3)
+    )
+    expected = {"sam": 935.3, "sam neck": 6.4, "sam neck_hd": 6.4, "siglip": 381.4, "aligner": 24.2}
+    assert {name: once[name] for name in expected} == pytest.approx(expected, rel=1e-2)
+    assert image_flops(seven, (), padded_windows=True)["sam"] / 1e9 == pytest.approx(965.6, rel=1e-3)
+    assert adaptor["sam neck_hd"] == pytest.approx(17.7, rel=1e-2)
+    assert adaptor["sam convolutions"] == pytest.approx(27.2, rel=1e-2)
+    assert adaptor["sam_hd convolutions"] == pytest.approx(32.6, rel=1e-2)
+    assert adaptor["aligner"] == pytest.approx(70.1, rel=1e-2)
+    assert sft["siglip"] == pytest.approx(1144.2, rel=1e-2)
+    assert sft["aligner"] == pytest.approx(72.5, rel=1e-2)
+    for size, per_token in (("7b", 41.96e9), ("1.3b", 9.865e9)):
+        counts = StepCounts(images=0, tokens=4096, squared_lengths=4096**2, logits=4096)
+        assert sum(step_flops(SIZES[size], ("decoder",), counts).values()) / 4096 == pytest.approx(per_token, rel=1e-3)
+
+
+def test_frozen_decoder_passes_gradients() -> None:
+    decoder = DecoderConfig(layers=2, hidden=16, heads=2, kv_heads=2, ffn=24, vocab=32)
+    counts = StepCounts(images=0, tokens=10, squared_lengths=100, logits=10)
+    forward = decoder_flops(decoder, counts, trained=False, passes=False)
+    frozen = decoder_flops(decoder, counts, trained=False, passes=True)
+    full = decoder_flops(decoder, counts, trained=True, passes=True)
+    assert [frozen[n] / forward[n] for n in ("decoder", "attention", "head")] == [2, 3, 2]
+    assert [full[n] / forward[n] for n in ("decoder", "attention", "head")] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("cpu", None),
+    ],
+)
+def test_peak(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak

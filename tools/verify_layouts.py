@@ -1,0 +1,145 @@
+r"""Hold parallel layouts of a recipe's model against one process: loss, every gradient, parameters after each step.
+
+    torchrun --nproc-per-node 4 tools/verify_layouts.py RECIPE.py --layouts tp2,tp2pp2sp,pp2vpp2,pp2dist
+    torchrun ... tools/verify_layouts.py RECIPE.py --layouts tp2 --stage.number 3 --parallel.device cpu
+
+A layout is written without spaces: `tp2`, `pp2`, `vpp2` (sizes), `sp` (sequence parallel), `dist` (distributed
+optimizer), `overlap` (gradient reduction), `gather` (parameter gathering); data-parallel is what is left of the ranks.
+Model, training stage and device are the recipe's, everything is computed in fp32, and the batches are made up (text,
+image, images in some micro-batches only, packed), so no data is needed. Rank 0 must be able to hold the whole model
+with its gradients and AdamW state; give smaller sizes with `--model.decoder.layers 4` and the like.
+
+Exit status: 0 if every difference is at most 1e-5 relative, 1 otherwise.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch.distributed as dist
+
+from megavl.config import ModelConfig, ParallelConfig, Recipe
+from megavl.parallel.groups import destroy_groups, init_groups
+from megavl.parallel.validate import check_layout
+from megavl.recipe import parse_command_line
+from megavl.training.parity import Question, StepRecord, difference_table, run_layout, run_reference
+from megavl.training.synthetic_batches import CASES, global_batch
+
+TOLERANCE = 1e-5
+"""Relative, fp32."""
+
+_SIZES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline"}
+_SWITCHES = {
+    "sp": "sequence",
+    "dist": "distributed_optimizer",
+    "overlap": "overlap_grad_reduce",
+    "gather": "overlap_param_gather",
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compare every layout; returns the exit status, the same on every rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", required=True, help="comma-separated, such as tp2,tp2pp2sp")
+    options, rest = parser.parse_known_args(arguments)
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    try:
+        recipe = parse_command_line(rest)
+        layouts = {name: parse_layout(name, recipe.parallel) for name in options.layouts.split(",")}
+        micro_batches = -(-8 // world_size) * world_size  # at least 8, and a round number for every layout
+        check(recipe, layouts, world_size, micro_batches)
+        rows, faults = compare(question(recipe, micro_batches), layouts, rank)
+    except ValueError as error:
+        print(f"verify_layouts: {error}", file=sys.stderr)
+        return 1
+    if rank == 0:
+        print(difference_table(rows, CASES))
+        print("\n".join(faults) or f"all within {TOLERANCE:.0e}")
+    return int(bool(faults))
+
+
+def parse_layout(name: str, base: ParallelConfig) -> ParallelConfig:
+    """The layout that `name` spells, with device and time limit of the recipe.
+
+    Raises:
+        ValueError: a part of the name means nothing.
+    """
+    parts = re.findall(r"(tp|pp|vpp)(\d+)|(sp|dist|overlap|gather)", name)
+    if "".join(f"{size}{number}{switch}" for size, number, switch in parts) != name or not parts:
+        raise ValueError(f"layout {name!r} is not made of tpN, ppN, vppN, sp, dist, overlap, gather")
+    sizes = {_SIZES[size]: int(number) for size, number, _ in parts if size}
+    switches = {_SWITCHES[switch]: True for _, _, switch in parts if switch}
+    return replace(ParallelConfig(device=base.device, timeout_s=base.timeout_s), **sizes, **switches)  # type: ignore[arg-type]
+
+
+def check(recipe: Recipe, layouts: dict[str, ParallelConfig], world_size: int, micro_batches: int) -> None:
+    """Refuse layouts that do not fit, all of them at once.
+
+    Raises:
+        ValueError: a sentence per problem.
+    """
+    stage = replace(recipe.stage, global_batch=micro_batches, micro_batch=1)
+    problems = [
+        f"{name}: {problem}"
+        for name, parallel in layouts.items()
+        for problem in check_layout(replace(recipe, parallel=parallel, stage=stage), world_size)
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def question(recipe: Recipe, micro_batches: int) -> Question:
+    """One step of each case for the recipe's model."""
+    tokens = _tokens(recipe.model)
+    batches = [global_batch(recipe.model, case, micro_batches=micro_batches, tokens=tokens) for case in CASES]
+    return Question(model=recipe.model, stage=recipe.stage.number, batches=batches, seed=recipe.stage.seed)
+
+
+def compare(asked: Question, layouts: dict[str, ParallelConfig], rank: int) -> tuple[dict[str, list[float]], list[str]]:
+    """Run the reference on rank 0, then every layout on all ranks: (worst difference per step, what is wrong)."""
+    reference: list[StepRecord] = []
+    base = next(iter(layouts.values()))
+    if rank == 0:
+        with _alone():
+            groups = init_groups(ParallelConfig(device=base.device))
+            reference = run_reference(asked, groups)
+            destroy_groups()
+    rows: dict[str, list[float]] = {}
+    faults: list[str] = []
+    for name, parallel in layouts.items():
+        groups = init_groups(parallel)
+        if not rows:  # the first time that all ranks are together
+            shared = [reference]
+            dist.broadcast_object_list(shared, src=0, group=groups.gloo_world)
+            reference = shared[0]
+        result = run_layout(asked, parallel, groups, reference)
+        rows[name] = [step.worst() for step in result.steps]
+        faults += [f"{name}: {parameter} is not on both sides" for parameter in result.missing]
+        faults += [f"{name}: copies of {parameter} differ over the tensor group" for parameter in result.drifted]
+        for case, worst in zip(CASES, rows[name], strict=True):
+            faults += [f"{name}, {case}: {worst:.1e} is above {TOLERANCE:.0e}"] if worst > TOLERANCE else []
+        destroy_groups(leave_world=name == list(layouts)[-1])
+    return rows, faults
+
+
+def _tokens(model: ModelConfig) -> int:
+    """Tokens of a micro-batch: three images and some text, a multiple of 64 so that any tensor size cuts it."""
+    return -(-(3 * model.tokens_per_image + 16) // 64) * 64
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hide torchrun's environment, so that `init_groups` forms a world of one."""
+    hidden = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
