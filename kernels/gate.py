@@ -2,6 +2,10 @@
 
 The truth is the reference in float64. The allowed error is twice the error that the reference makes in the operator's
 own type, and never less than a few roundings of that type: so the bound follows from the type, not from the kernel.
+
+Both errors are sums of chance roundings. In a tensor of a few entries one draw says little: 40 draws of SAM attention
+on a 3 x 2 grid gave ratios up to 3.9 where the errors over all draws had a ratio of 0.8. So a tensor outside the bound
+in one draw is measured again, over that draw and others near it together; there the factor of 2 is final.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,17 +28,51 @@ def hold_to_reference(
     Raises:
         AssertionError: the output or a gradient is too far away, or not finite.
     """
+    names = ["output", *(f"gradient of input {i}" for i in range(len(inputs)))]
+    least = roundings * torch.finfo(inputs[0].dtype).eps
+    draws = [_squared_errors(operator, reference, inputs, names)]
+    if any(error > bound for error, bound in _verdict(draws, least)):
+        draws += [_squared_errors(operator, reference, _nearby(inputs), names) for _ in range(_MORE_DRAWS)]
+    for name, (error, bound) in zip(names, _verdict(draws, least), strict=True):
+        assert error <= bound, f"{name}: relative error {error:.2e} over {len(draws)} draws, allowed {bound:.2e}"
+
+
+_MORE_DRAWS = 15
+"""Draws that are added where one is not enough to tell."""
+
+
+def _squared_errors(
+    operator: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Sequence[Tensor], names: Sequence[str]
+) -> list[tuple[float, float, float]]:
+    """(|operator - truth|^2, |reference - truth|^2, |truth|^2) of the output and every gradient."""
     ours = _outputs(operator, inputs, inputs[0].dtype)
     theirs = _outputs(reference, inputs, inputs[0].dtype)
     truth = _outputs(reference, inputs, torch.float64)
-    names = ["output", *(f"gradient of input {i}" for i in range(len(inputs)))]
-    least = roundings * torch.finfo(inputs[0].dtype).eps
-    for name, our, their, true in zip(names, ours, theirs, truth, strict=True):
+    for name, our, true in zip(names, ours, truth, strict=True):
         assert our.shape == true.shape, f"{name}: {tuple(our.shape)} for {tuple(true.shape)}"
         assert torch.isfinite(our).all(), f"{name}: not finite"
-        bound = max(2 * relative_error(their, true), least)
-        error = relative_error(our, true)
-        assert error <= bound, f"{name}: relative error {error:.2e}, PyTorch's own {bound / 2:.2e}"
+    return [
+        (_squared(our.double() - true), _squared(their.double() - true), _squared(true))
+        for our, their, true in zip(ours, theirs, truth, strict=True)
+    ]
+
+
+def _verdict(draws: Sequence[list[tuple[float, float, float]]], least: float) -> list[tuple[float, float]]:
+    """(relative error over all draws, allowed) of the output and every gradient; absolute where the truth is zero."""
+    totals = [[sum(part) for part in zip(*of_tensor, strict=True)] for of_tensor in zip(*draws, strict=True)]
+    return [
+        ((ours / (truth or 1.0)) ** 0.5, max(2 * (theirs / (truth or 1.0)) ** 0.5, least))
+        for ours, theirs, truth in totals
+    ]
+
+
+def _nearby(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Inputs about 1% away, with the same strides: as hard a question, with other roundings."""
+    return [_with_strides(x + 0.01 * x * torch.randn_like(x), x.dtype, like=x) for x in inputs]
+
+
+def _squared(x: Tensor) -> float:
+    return x.square().sum().item()
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -55,9 +93,10 @@ def _outputs(function: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: t
     return [output.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
 
 
-def _with_strides(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in `dtype` with the strides of `x`, also where `x` is a slice of something larger."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+def _with_strides(x: Tensor, dtype: torch.dtype, like: Tensor | None = None) -> Tensor:
+    """A copy in `dtype` with the strides of `like` (`x` itself), also where that is a slice of something larger."""
+    strides = (x if like is None else like).stride()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True)) if x.numel() else 0
     storage = torch.zeros(span, dtype=dtype, device=x.device)
-    copy = storage.as_strided(x.shape, x.stride()) if span else x.to(dtype)
+    copy = storage.as_strided(x.shape, strides) if span else x.to(dtype)
     return copy.copy_(x).detach()

@@ -1,0 +1,1 @@
+"""From any checkpoint format to any other, one tensor at a time."""
