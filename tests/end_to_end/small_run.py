@@ -35,7 +35,7 @@ def recipe() -> Recipe:
     return Recipe(
         run_dir=f"{{ROOT}}/run",
         model=dataclasses.replace(small, decoder=decoder, siglip=siglip),
-        parallel=ParallelConfig(device="cpu", timeout_s=60),
+        parallel=ParallelConfig(device="cpu"),
         data=DataConfig(
             tokenizer=f"{{ROOT}}/tokenizer.model",
             sources=(source("text", "language", 0.5), source("images", "multimodal", 0.5)),
@@ -104,7 +104,7 @@ def start(words: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(words, env=environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-def finish(process: "subprocess.Popen[str]", limit_s: float = 300) -> tuple[int, str, str]:
+def finish(process: "subprocess.Popen[str]", limit_s: float = 900) -> tuple[int, str, str]:
     """Exit code, standard output and error; a command that hangs is killed with all it started, and fails the test."""
     try:
         out, err = process.communicate(timeout=limit_s)
@@ -120,7 +120,7 @@ def run(recipe: Path, *options: str, processes: int = 2) -> tuple[int, str, str]
     return finish(start(command(recipe, *options, processes=processes)))
 
 
-def wait_for(path: Path, text: str, process: "subprocess.Popen[str]", limit_s: float = 240) -> None:
+def wait_for(path: Path, text: str, process: "subprocess.Popen[str]", limit_s: float = 900) -> None:
     """Wait until a file of a running command holds `text`."""
     deadline = time.monotonic() + limit_s
     while not (path.exists() and text in path.read_text()):
