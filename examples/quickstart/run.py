@@ -216,9 +216,10 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def _cause(errors: Path) -> str:
-    """The first line of a child's standard error that names an error."""
-    lines = errors.read_text(errors="replace").splitlines()
-    named = [line.strip() for line in lines if line.startswith("error:") or "Error: " in line]
+    """The first line of a child's standard error that names an error, in the words of our own commands if they did."""
+    lines = [line.strip() for line in errors.read_text(errors="replace").splitlines()]
+    ours = [line for line in lines if line.startswith(("megavl: ", "error: "))]
+    named = ours or [line for line in lines if "Error: " in line]
     return named[0] if named else "it wrote no error message"
 
 

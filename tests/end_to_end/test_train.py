@@ -3,12 +3,15 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_run import command, finish, lines, make_data, run, start, wait_for
 
+from megavl.data.store_writer import StoreWriter
+from megavl.data.tokenizer import Tokenizer
 from megavl.parallel.groups import destroy_groups
 from megavl.recipe import load_recipe, load_recipe_json
 from megavl.train import main
@@ -196,6 +199,66 @@ def test_missing_files(
     err = capsys.readouterr().err
     assert words in err
     assert "Traceback" not in err
+
+
+def cut_corpus(root: Path) -> tuple[str, ...]:
+    """A `.bin` that is shorter than its `.idx` says."""
+    for suffix in (".bin", ".idx", ".manifest.json"):
+        shutil.copy(f"{root}/text{suffix}", f"{root}/cut{suffix}")
+    os.truncate(root / "cut.bin", 1000)
+    return "--data.sources.0.path", str(root / "cut")
+
+
+def strange_corpus(root: Path) -> tuple[str, ...]:
+    """A store that was built with another tokenizer."""
+    writer = StoreWriter(root / "strange", kind="text", tokenizer_fingerprint="f" * 64)
+    writer.add(np.arange(5))
+    writer.finish()
+    return "--data.sources.0.path", str(root / "strange")
+
+
+def mismatched_images(root: Path) -> tuple[str, ...]:
+    """A sample with one placeholder and two images, as no importer writes it."""
+    tokenizer = Tokenizer(root / "tokenizer.model")
+    writer = StoreWriter(root / "mismatched", kind="caption", tokenizer_fingerprint=tokenizer.fingerprint)
+    ids = np.array([tokenizer.bos_id, tokenizer.image_id, 40, tokenizer.eos_id])
+    writer.add(ids, ids == 40, [b"first", b"second"])
+    writer.finish()
+    return "--data.sources.1.path", str(root / "mismatched"), "--stage.steps", "2", "--stage.number", "1"
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (cut_corpus, ["cut.bin", "1000 bytes"]),
+        (strange_corpus, ["strange", "tokenizer", "ffffffffffff"]),
+        (mismatched_images, ["source images, sample 0: 1 image placeholders in the tokens, 2 images"]),
+        (lambda _: ("--data.seq_length", "18"), ["source images: sample", "tokens, data.seq_length is 18"]),
+        (lambda root: ("--checkpoint.init_from", f"{root}/whole", "--model.decoder.ffn", "64"), ["linear_fc", "64"]),
+        (lambda root: ("--run_dir", f"{root}/whole", "--model.decoder.ffn", "64"), ["linear_fc", "64"]),
+    ],
+)
+def test_data_and_checkpoints_that_do_not_fit(
+    recipe: Path,
+    whole: tuple[Path, str],
+    tmp_path: Path,
+    change: Callable[[Path], tuple[str, ...]],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One sentence with the file or the sample and both numbers; nothing that was saved is touched."""
+    before = saved_files(whole[0])
+    options = ("--run_dir", str(tmp_path), "--data.workers", "0", *change(recipe.parent))
+    assert main([str(recipe), *options]) != 0
+    err = capsys.readouterr().err.strip().splitlines()
+    assert all(word in err[-1] for word in words), err
+    assert "Traceback" not in "".join(err)
+    assert saved_files(whole[0]) == before
+
+
+def saved_files(run_dir: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted((run_dir / "checkpoints").rglob("*")) if p.is_file()}
 
 
 @pytest.mark.usefixtures("in_process")

@@ -125,6 +125,19 @@ def test_each_rank_opens_its_share_of_the_images(
     assert len(opened) == total
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_images_are_those_of_the_samples_they_come_with(sources: dict[str, SourceConfig], size: int) -> None:
+    """`write_store` paints the number of the sample into its images."""
+    recipe = make_recipe((sources["pictures"],), packing=True, seq_length=80, steps=5, workers=size % 2)
+    seen = 0
+    for batch in (batch for rank in range(size) for batch in load(recipe, rank, size)):
+        for m in batch.micro_batches:
+            painted = [] if m.pixels is None else m.pixels[:, 0, 0, 0].tolist()
+            assert painted == [(7 * s + k) % 256 for _, s in m.sample_ids for k in range(IMAGES[s])]
+            seen += len(painted)
+    assert seen > COUNT / 2
+
+
 def test_lengths_are_padded_for_the_pipeline(sources: dict[str, SourceConfig]) -> None:
     recipe = make_recipe((sources["text"], sources["pictures"]), grouping="microbatch", seq_length=80, steps=4)
     plain = load(recipe)
