@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,8 +28,23 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(recipe: Path) -> tuple[Path, str]:
-    """The folder and the standard output of an uninterrupted run of two processes."""
+def lonely(recipe: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A run of two processes of which the second fails at once while the first waits for it in a collective."""
+    path = recipe.parent / "lonely.py"
+    fault = 'import os\nif os.environ["RANK"] == "1":\n    raise ValueError("this rank alone")\n'
+    path.write_text(recipe.read_text() + fault)
+    process = start(command(path, "--run_dir", str(recipe.parent / "lonely")))
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path, lonely: "subprocess.Popen[str]") -> tuple[Path, str]:
+    """The folder and the standard output of an uninterrupted run of two processes.
+
+    `lonely` is started before: torchrun gives a waiting rank 30 s to end, which need not be waited for here.
+    """
     folder = recipe.parent / "whole"
     options = ("--logging.tensorboard", "True", "--logging.validate_every", "8", "--checkpoint.every_steps", "8")
     options += ("--checkpoint.background", "True")
@@ -103,14 +119,9 @@ def workers(agent: int) -> list[int]:
     return found
 
 
-@pytest.mark.slow
-def test_one_rank_fails(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other rank waits in a collective; the launcher ends it."""
-    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")
-    lonely = recipe.parent / "lonely.py"
-    fault = 'import os\nif os.environ["RANK"] == "1":\n    raise ValueError("this rank alone")\n'
-    lonely.write_text(recipe.read_text() + fault)
-    code, _, err = run(lonely)
+def test_one_rank_fails(lonely: "subprocess.Popen[str]") -> None:
+    """The launcher ends the other one."""
+    code, _, err = finish(lonely)
     assert code != 0
     assert "megavl: this rank alone (rank 1)" in err
 
