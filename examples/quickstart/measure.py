@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import Split, documents, part
+from corpus import Split, documents
 from digits import QUESTIONS, DigitImage, digits
 from megatron.core.distributed import DistributedDataParallel
 from pages import LAYOUTS, Layout, Page, pages
@@ -66,7 +66,7 @@ def measure(root: Path, split: Split, share: float = 1.0) -> dict[str, Any]:
         perplexity[STAGE_NAMES[name]] = _text_perplexity(chunks, recipe, tokenizer, split, groups)
         print(f"{split} text perplexity after {name}: {perplexity[STAGE_NAMES[name]]:.2f}", flush=True)
     reader = Reader(stage, last, tokenizer)
-    result = {"split": split, "text_ppl": perplexity, **reader.digits(part(digits(split), share))}
+    result = {"split": split, "text_ppl": perplexity, **reader.digits(digits(split, share=share))}
     print(f"{split} digits: {result['digits_accuracy']:.1%}, blind {result['digits_accuracy_blind']:.1%}", flush=True)
     held_out = [document for document in documents() if document.split == split]
     count = ceil(PAGES_PER_LAYOUT * share)

@@ -43,7 +43,7 @@ def prepare(folder: Path, seed: int = 0, share: float = 1.0) -> None:
         share: part of documents, pages and digits to use.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shown = part(digits("train", seed), share)  # first: it may be missing altogether
+    shown = digits("train", seed, share=share)  # first: it may be missing altogether
     by_split = {split: part(chosen, share) for split, chosen in _split(documents()).items()}
     counts = ", ".join(f"{len(by_split[split])} {split}" for split in SPLITS)
     characters = sum(len(d.text) for chosen in by_split.values() for d in chosen)
