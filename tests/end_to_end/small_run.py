@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +117,6 @@ def finish(process: "subprocess.Popen[str]", limit_s: float = 900) -> tuple[int,
 def run(recipe: Path, *options: str, processes: int = 2) -> tuple[int, str, str]:
     """Run to the end."""
     return finish(start(command(recipe, *options, processes=processes)))
-
-
-def wait_for(path: Path, text: str, process: "subprocess.Popen[str]", limit_s: float = 900) -> None:
-    """Wait until a file of a running command holds `text`."""
-    deadline = time.monotonic() + limit_s
-    while not (path.exists() and text in path.read_text()):
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline, f"{text!r} not in {path} after {limit_s} s"
-        time.sleep(0.05)
 
 
 def lines(run_dir: Path, kind: str = "loss") -> list[dict[str, Any]]:
