@@ -112,9 +112,15 @@ def mismatched_images(root: Path) -> tuple[str, ...]:
         (cut_corpus, ["cut.bin", "1000 bytes"]),
         (strange_corpus, ["strange", "tokenizer", "ffffffffffff"]),
         (mismatched_images, ["source images, sample 0: 1 image placeholders in the tokens, 2 images"]),
-        (lambda _: ("--data.seq_length", "18"), ["source images: sample", "tokens, data.seq_length is 18"]),
-        (lambda root: ("--checkpoint.init_from", f"{root}/whole", "--model.decoder.ffn", "64"), ["linear_fc", "64"]),
-        (lambda root: ("--run_dir", f"{root}/whole", "--model.decoder.ffn", "64"), ["linear_fc", "64"]),
+        (lambda _: ("--data.seq_length", "12"), ["source images: sample", "tokens, data.seq_length is 12"]),
+        (
+            lambda root: ("--checkpoint.init_from", f"{root}/whole", "--model.decoder.ffn", "64"),
+            ["linear_fc1", "(96, 32) there", "(128, 32) in this model"],
+        ),
+        (
+            lambda root: ("--run_dir", f"{root}/whole", "--model.decoder.ffn", "64"),
+            ["linear_fc1", "(96, 32) there", "(128, 32) in this model"],
+        ),
     ],
 )
 def test_data_and_checkpoints_that_do_not_fit(
