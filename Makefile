@@ -21,7 +21,7 @@ quickstart: install
 	$(BIN)/python examples/quickstart/run.py
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,12 +10,14 @@ import hashlib
 import re
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from pydoc_data import topics
-from typing import Literal
+from typing import Literal, TypeVar
 
+Item = TypeVar("Item")
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -60,6 +62,11 @@ def split_of(text: str) -> Split:
     if percent < _VALIDATION_PERCENT:
         return "validation"
     return "test" if percent < _VALIDATION_PERCENT + _TEST_PERCENT else "train"
+
+
+def part(items: Sequence[Item], share: float) -> list[Item]:
+    """The first items, `share` of all."""
+    return list(items[: ceil(share * len(items))])
 
 
 def documents() -> list[Document]:

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-from corpus import Split
+from corpus import Split, part
 from PIL import Image
 
 SIDE = 64
@@ -53,13 +53,14 @@ class DigitImage:
     """0 to 9."""
 
 
-def digits(split: Split, seed: int = 0, varied_copies: int = _VARIED_COPIES) -> list[DigitImage]:
+def digits(split: Split, seed: int = 0, varied_copies: int = _VARIED_COPIES, share: float = 1.0) -> list[DigitImage]:
     """The digits of one split: every scan once as it is, those of the training part also varied.
 
     Args:
         split: which part; the parts share no scan.
         seed: of the variations; the split itself never changes.
         varied_copies: variations of each training scan.
+        share: part of the scans to use.
 
     Raises:
         ValueError: scikit-learn is not installed.
@@ -70,7 +71,7 @@ def digits(split: Split, seed: int = 0, varied_copies: int = _VARIED_COPIES) -> 
         raise ValueError("the quickstart's digits come with scikit-learn: pip install 'megavl[quickstart]'") from error
     scans, labels = load_digits(return_X_y=True)
     scans = scans.reshape(-1, 8, 8)
-    chosen = _split_indices(len(scans))[split]
+    chosen = part(_split_indices(len(scans))[split].tolist(), share)
     copies = varied_copies if split == "train" else 0
     found = []
     for index in chosen:

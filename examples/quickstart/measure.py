@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ LONGEST_TRANSCRIPT = 24
 """Tokens; most pages have fewer."""
 
 
-def measure(root: Path, split: Split) -> dict[str, Any]:
-    """All figures of a finished run."""
+def measure(root: Path, split: Split, share: float = 1.0) -> dict[str, Any]:
+    """All figures of a finished run, on `share` of the digits and pages."""
     recipes = {name: load_recipe_json(root / name / "recipe.json") for name in STAGE_NAMES}
     last = recipes["stage3"]
     tokenizer = Tokenizer(last.data.tokenizer)
@@ -65,10 +66,11 @@ def measure(root: Path, split: Split) -> dict[str, Any]:
         perplexity[STAGE_NAMES[name]] = _text_perplexity(chunks, recipe, tokenizer, split, groups)
         print(f"{split} text perplexity after {name}: {perplexity[STAGE_NAMES[name]]:.2f}", flush=True)
     reader = Reader(stage, last, tokenizer)
-    result = {"split": split, "text_ppl": perplexity, **reader.digits(digits(split))}
+    result = {"split": split, "text_ppl": perplexity, **reader.digits(digits(split, share=share))}
     print(f"{split} digits: {result['digits_accuracy']:.1%}, blind {result['digits_accuracy_blind']:.1%}", flush=True)
     held_out = [document for document in documents() if document.split == split]
-    result["pages"] = [reader.pages(layout, pages(held_out, layout, PAGES_PER_LAYOUT)) for layout in LAYOUTS]
+    count = ceil(PAGES_PER_LAYOUT * share)
+    result["pages"] = [reader.pages(layout, pages(held_out, layout, count)) for layout in LAYOUTS]
     result["placement"] = placement(last)
     result["language_share"] = language_share(recipes["stage2"])
     return result
@@ -186,9 +188,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measure the models of the quickstart on held-out data.")
     parser.add_argument("root", type=Path, help="run folder of the quickstart")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="what to measure on")
+    parser.add_argument("--share", type=float, default=1.0, help="part of digits and pages to measure on")
     arguments = parser.parse_args()
     try:
-        measured = measure(arguments.root, arguments.split)
+        measured = measure(arguments.root, arguments.split, arguments.share)
     except ValueError as error:
         sys.exit(f"error: {error}")
     partial = arguments.root / "measurements.json.partial"

@@ -36,7 +36,7 @@ LAYOUTS = (
 """From large and easy to what a real page looks like at this resolution."""
 
 QUESTIONS = ("Transcribe the page.", "What does the page say?", "Read the text.")
-"""Questions of the fine-tuning data; the answer is the transcript."""
+"""Questions about a page; the answer is the transcript."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tensor", type=int, default=0, help="tensor-parallel size; 0: fits the machine")
     parser.add_argument("--pipeline", type=int, default=0, help="pipeline-parallel size; 0: fits the machine")
     parser.add_argument("--steps", default="", help="steps of the four stages, such as 4,2,4,4, to try it out quickly")
-    parser.add_argument("--digit-copies", type=int, default=7, help="variations of each training digit")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="part of the data, such as 0.05, to try it out quickly"
+    )
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="what is measured on")
     arguments = parser.parse_args()
     tensor, pipeline = _layout_for_machine()
@@ -121,7 +123,7 @@ def _layout_for_machine() -> tuple[int, int]:
 
 def _parts(arguments: argparse.Namespace) -> list[Part]:
     python = [sys.executable, "-W", "ignore"]
-    prepare = [*python, str(HERE / "prepare.py"), str(ROOT / "data"), "--digit-copies", str(arguments.digit_copies)]
+    prepare = [*python, str(HERE / "prepare.py"), str(ROOT / "data"), "--share", str(arguments.share)]
     parts = [Part(name="prepare", command=prepare)]
     for number, stage in enumerate(STAGES):
         changed = ["--parallel.tensor", str(arguments.tensor), "--parallel.pipeline", str(arguments.pipeline)]
@@ -135,6 +137,7 @@ def _parts(arguments: argparse.Namespace) -> list[Part]:
         train = ["-m", "megavl.train", str(HERE / f"{stage}.py"), *changed]
         parts.append(Part(name=stage, command=[*python, *launch, *train]))
     measure = [*python, str(HERE / "measure.py"), str(ROOT), "--split", arguments.split]
+    measure += ["--share", str(arguments.share)]
     return [*parts, Part(name="measure", command=measure)]
 
 
@@ -216,9 +219,10 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def _cause(errors: Path) -> str:
-    """The first line of a child's standard error that names an error."""
-    lines = errors.read_text(errors="replace").splitlines()
-    named = [line.strip() for line in lines if line.startswith("error:") or "Error: " in line]
+    """The first line of a child's standard error that names an error, in the words of our own commands if they did."""
+    lines = [line.strip() for line in errors.read_text(errors="replace").splitlines()]
+    ours = [line for line in lines if line.startswith(("megavl: ", "error: "))]
+    named = ours or [line for line in lines if "Error: " in line]
     return named[0] if named else "it wrote no error message"
 
 

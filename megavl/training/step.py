@@ -11,7 +11,7 @@ What a step without images does to the weights of a trained tower: see `training
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -121,13 +121,37 @@ def forward_only(
         On the last pipeline rank: the loss of each token, fp32 [t], per micro-batch (0 where the label is `IGNORE`).
         Elsewhere: nothing.
     """
+    return _without_gradients(chunks, micro_batches, groups, _call)
+
+
+@torch.no_grad()
+def logits_only(
+    chunks: Sequence[DistributedDataParallel], micro_batches: Sequence[MicroBatch], groups: Groups
+) -> list[Tensor]:
+    """As `forward_only`, but the logits of this rank's part of the vocabulary, [t, v/tp], instead of losses."""
+    return _without_gradients(chunks, micro_batches, groups, lambda chunk, batch: chunk.module.logits(batch))
+
+
+Compute = Callable[[DistributedDataParallel, MicroBatch], Tensor]
+"""What a chunk does with a micro-batch: hidden states for the next stage or, on the last one, the result."""
+
+
+def _call(chunk: DistributedDataParallel, batch: MicroBatch) -> Tensor:
+    """The loss of each token."""
+    return chunk(batch)
+
+
+def _without_gradients(
+    chunks: Sequence[DistributedDataParallel], micro_batches: Sequence[MicroBatch], groups: Groups, compute: Compute
+) -> list[Tensor]:
+    """What `compute` gives on the last stage for each micro-batch."""
     start_parameter_gather(chunks)
     wanted = len(micro_batches)
     spare = -wanted % groups.pipeline_size if groups.virtual_size > 1 else 0  # interleaving takes whole rounds only
     padded = [*micro_batches, *[micro_batches[-1]] * spare]
-    losses = _run(chunks, padded, groups, _token_losses, forward_only=True, collect_non_loss_data=True)
+    results = _run(chunks, padded, groups, _as_it_is, compute, forward_only=True, collect_non_loss_data=True)
     finish_parameter_gather(chunks)
-    return losses[:wanted]
+    return results[:wanted]
 
 
 def _run(
@@ -135,6 +159,7 @@ def _run(
     micro_batches: Sequence[MicroBatch],
     groups: Groups,
     loss_func: Any,
+    compute: Compute = _call,
     **options: bool,
 ) -> list[Any]:
     """Send micro-batches through megatron-core's schedule; returns what `loss_func` reported, on the last stage."""
@@ -144,7 +169,7 @@ def _run(
 
     def forward_step(batches: Iterator[MicroBatch], chunk: DistributedDataParallel) -> tuple[Tensor, Any]:
         batch = next(batches)
-        return chunk(batch), partial(loss_func, batch)
+        return compute(chunk, batch), partial(loss_func, batch)
 
     config = chunks[0].module.config
     return schedule(
@@ -186,9 +211,9 @@ def _training_loss(batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, T
     return total, count, torch.stack([total.detach().double(), count.double()])
 
 
-def _token_losses(batch: MicroBatch, losses: Tensor, non_loss_data: bool = True) -> Tensor:
-    """The token losses themselves, [t]."""
-    return losses
+def _as_it_is(batch: MicroBatch, result: Tensor, non_loss_data: bool = True) -> Tensor:
+    """What the last stage computed."""
+    return result
 
 
 def _sum_over_ranks(reports: Sequence[Tensor], micro_batches: Sequence[MicroBatch], groups: Groups) -> dict[str, float]:

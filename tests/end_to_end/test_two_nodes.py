@@ -1,5 +1,7 @@
 """Two nodes of one run, started by the shipped launcher on this machine; one process alone gives the same losses."""
 
+import contextlib
+import os
 import signal
 import socket
 import sys
@@ -15,9 +17,12 @@ LAUNCHER = Path(__file__).parents[2] / "examples" / "launch" / "torchrun.sh"
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """Below the range from which the kernel serves whoever wants any port, so that it stays free."""
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+    raise AssertionError("no free port")
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def test_high_resolution_image_is_resized_after_padding() -> None:
 
 @pytest.mark.parametrize(("side", "window"), [(7, 3), (8, 4), (3, 5), (64, 14)])
 def test_windows_come_back(side: int, window: int) -> None:
-    grid = torch.rand(2, side, side, 3)
+    grid = torch.rand(2, side, side, 3, dtype=torch.float64)
     windows = partition_windows(grid, window)
     assert windows.shape == (2 * (-(-side // window)) ** 2, window, window, 3)
     assert torch.equal(windows[0, : min(side, window), : min(side, window)], grid[0, :window, :window])

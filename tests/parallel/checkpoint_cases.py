@@ -79,8 +79,8 @@ class Plan:
     """Rank -> bytes of the largest file it can write."""
     free_bytes: int | None = None
     """What the disk says it has free."""
-    slow: bool = False
-    """Write slowly."""
+    stuck: int | None = None
+    """Rank whose writers never get beyond their first tensor."""
     sabotage: Callable[["Trainer"], None] | None = None
     """Runs on every rank after the last save was begun and before it is finished."""
 
@@ -143,6 +143,8 @@ def train_and_die(plan: Plan) -> None:
         if trainer.step == plan.save_at[-1]:
             write_slowly()
             save(trainer, background=True)
+            writers = [str(writer.pid) for writer in multiprocessing.active_children()]
+            Path(plan.run, f"writers_of_rank_{trainer.groups.rank}").write_text(" ".join(writers))
             time.sleep(0.3)  # the writers are at work
             os.kill(os.getpid(), signal.SIGKILL)
         if trainer.step in plan.save_at:
@@ -182,8 +184,8 @@ def start(plan: Plan) -> Trainer:
         folder.shutil = SimpleNamespace(  # type: ignore[assignment]
             disk_usage=lambda _: SimpleNamespace(free=plan.free_bytes), rmtree=shutil.rmtree
         )
-    if plan.slow:
-        write_slowly()
+    if plan.stuck == groups.rank:
+        write_slowly(seconds=600)
     return trainer
 
 
@@ -220,15 +222,29 @@ def mend() -> None:
     folder.shutil, forked_write.torch = shutil, torch
 
 
-def write_slowly() -> None:
-    """From now on, a tensor takes a thirtieth of a second to write."""
+def write_slowly(seconds: float = 0.03) -> None:
+    """From now on, a tensor takes this long to write."""
     quick = torch.save
 
     def slow(*args: Any) -> None:
-        time.sleep(0.03)
+        time.sleep(seconds)
         quick(*args)
 
     forked_write.torch = SimpleNamespace(save=slow)  # type: ignore[assignment]
+
+
+def wait_for_orphans(run: Path) -> None:
+    """Until the writers that `train_and_die` left behind have ended."""
+    for pid in " ".join(file.read_text() for file in run.glob("writers_of_rank_*")).split():
+        while _is_running(pid):
+            time.sleep(0.05)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 def kill_writer_of_rank_one(trainer: Trainer) -> None:

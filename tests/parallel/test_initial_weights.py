@@ -1,7 +1,10 @@
 """Every layout starts from the model that one process starts from, bit for bit, and loads the same tensors."""
 
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from world import World
 
@@ -11,6 +14,7 @@ from megavl.model.build import build_stages
 from megavl.model.shards import full_parameters, full_shape, join_shards, load_full_state
 from megavl.parallel.groups import init_groups
 from megavl.parallel.random_state import seed_everything
+from megavl.training.synthetic_batches import global_batch
 
 MODEL = ModelConfig(
     decoder=DecoderConfig(layers=5, hidden=32, heads=4, kv_heads=2, ffn=24, vocab=48, init_std=0.1),
@@ -126,3 +130,27 @@ def test_tensor_ranks_compute_what_one_does(world: World, sequence: bool) -> Non
     (expected,) = world.run(logits_of_this_rank, ParallelConfig(), ranks=1)
     parts = world.run(logits_of_this_rank, ParallelConfig(tensor=2, sequence=sequence), ranks=2)
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-5, atol=1e-5)
+
+
+def first_stage_of_this_rank(parallel: ParallelConfig, tensor_groups: list[list[int]] | None) -> tuple[int, Tensor]:
+    """(tensor rank, what the first stage gives this rank), with other tensor groups than those of the default grid."""
+    groups = init_groups(parallel)
+    seed_everything(7, groups)
+    pg = copy.copy(groups.pg)
+    for ranks in tensor_groups or []:
+        group = dist.new_group(ranks)
+        if groups.rank in ranks:
+            pg.tp = group
+    (stage,) = build_stages(MODEL, parallel, dtype=torch.float32, seed=7, pg=pg, device=groups.device)
+    with torch.no_grad():
+        return pg.tp.rank(), stage.first_stage(global_batch(MODEL, "image", micro_batches=3)[2])  # three images
+
+
+def test_the_first_stage_uses_the_groups_that_it_is_given(world: World) -> None:
+    ((_, expected),) = world.run(first_stage_of_this_rank, ParallelConfig(), None, ranks=1)
+    parallel = ParallelConfig(tensor=2, sequence=True)
+    answers = world.run(first_stage_of_this_rank, parallel, [[0, 2], [1, 3]])
+    assert [rank for rank, _ in answers] == [0, 0, 1, 1]  # the default grid has (0, 1) and (2, 3)
+    for first, second in ((0, 2), (1, 3)):
+        hidden = torch.cat([answers[first][1], answers[second][1]])
+        torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)

@@ -1,50 +1,24 @@
 """What a step does besides computing gradients: skipping, steps without images, momentum, evaluation, bf16."""
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from layouts import LAYOUTS, MODEL
+from layouts import LAYOUTS, MODEL, TOLERANCE
 from torch import Tensor
+from trainer import Trainer
 from world import World
 
 from megavl.config import ParallelConfig
-from megavl.data.microbatch import IGNORE, StepBatch
-from megavl.model.build import build_stages
+from megavl.data.microbatch import IGNORE, MicroBatch, StepBatch
 from megavl.model.shards import full_parameters
 from megavl.model.vision.tower import VisionTowers
-from megavl.parallel.gradients import replicas_differ, synchronise_parameters, unwrap, wrap_stages
-from megavl.parallel.groups import Groups, init_groups
-from megavl.parallel.random_state import seed_everything
-from megavl.training.freeze import apply_freeze
-from megavl.training.optimizer import make_optimizer
-from megavl.training.parity import PARITY_OPTIM
+from megavl.parallel.gradients import replicas_differ, unwrap
 from megavl.training.step import StepResult, forward_only, train_step
 from megavl.training.synthetic_batches import Case, global_batch, share
-
-
-class Trainer:
-    """Stages, optimizer and groups of a worker, and a step of a made-up case."""
-
-    def __init__(self, parallel: ParallelConfig, stage: int = 3, dtype: torch.dtype = torch.float32) -> None:
-        self.groups: Groups = init_groups(parallel)
-        seed_everything(1, self.groups)
-        pg, device = self.groups.pg, self.groups.device
-        self.stages = build_stages(MODEL, parallel, dtype=dtype, seed=1, pg=pg, device=device)
-        apply_freeze(self.stages, stage)
-        self.chunks = wrap_stages(self.stages, parallel, self.groups)
-        self.optimizer = make_optimizer(self.chunks, PARITY_OPTIM, parallel, self.groups)
-
-    def step(self, case: Case, **options: Any) -> StepResult:
-        batch = share(global_batch(MODEL, case), self.groups.data_rank, self.groups.data_size)
-        step = StepBatch(step=0, language_rows=0, micro_batches=batch)
-        result = train_step(self.chunks, self.optimizer, step, self.groups, **{"lr": 1e-2, **options})
-        synchronise_parameters(self.chunks)
-        return result
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, _, p in full_parameters(self.stages)}
 
 
 def totals(parallel: ParallelConfig) -> list[StepResult]:
@@ -176,10 +150,67 @@ def test_evaluation_gives_token_losses_on_the_last_stage(world: World, layout: s
             torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
 
 
+def joined(batch: list[MicroBatch], rows: int) -> list[MicroBatch]:
+    """The same global batch in micro-batches of `rows` rows each."""
+    return [_one_stream(batch[start : start + rows]) for start in range(0, len(batch), rows)]
+
+
+def _one_stream(rows: list[MicroBatch]) -> MicroBatch:
+    starts = list(itertools.accumulate((row.tokens.numel() for row in rows), initial=0))
+    ends = [start + row.cu_seqlens[1:] for start, row in zip(starts, rows, strict=False)]
+    pixels = [row.pixels for row in rows if row.pixels is not None]
+    return replace(
+        rows[0],
+        tokens=torch.cat([row.tokens for row in rows]),
+        labels=torch.cat([row.labels for row in rows]),
+        positions=torch.cat([row.positions for row in rows]),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), *ends]).int(),
+        max_document=max(row.max_document for row in rows),
+        pixels=torch.cat(pixels) if pixels else None,
+        image_slots=torch.cat([start + row.image_slots for start, row in zip(starts, rows, strict=False)]),
+        num_images=sum(row.num_images for row in rows),
+        modality=None,
+        sample_ids=(),
+    )
+
+
+def gradients_of_a_cut(case: Case, rows: int) -> tuple[float, float, dict[str, Tensor]]:
+    """Loss, gradient norm and every gradient of one step on `rows` rows at a time."""
+    trainer = Trainer(ParallelConfig(device="cpu"))
+    mine = share(joined(global_batch(MODEL, case), rows), trainer.groups.data_rank, trainer.groups.data_size)
+    step = StepBatch(step=0, language_rows=0, micro_batches=mine)
+    gradients: dict[str, Tensor] = {}
+    finalize = trainer.stages[0].config.finalize_model_grads_func
+
+    def finalize_and_record(*args: Any, **kwargs: Any) -> None:
+        finalize(*args, **kwargs)
+        gradients.update({n: p.main_grad.clone() for n, _, p in full_parameters(trainer.stages) if p.requires_grad})
+
+    trainer.stages[0].config.finalize_model_grads_func = finalize_and_record
+    result = train_step(trainer.chunks, trainer.optimizer, step, trainer.groups, lr=1e-2)
+    return result.loss, result.grad_norm, gradients
+
+
+@pytest.mark.parametrize("case", ["mixed", "packed"])
+def test_it_does_not_matter_how_the_global_batch_is_cut(world: World, case: Case) -> None:
+    """Eight rows of which some have 57 labels and some none, as 8x1, 4x2, 2x4, 1x8, and over two ranks."""
+    (whole,) = world.run(gradients_of_a_cut, case, 8, ranks=1)
+    largest = max(gradient.abs().max().item() for gradient in whole[2].values())
+    for rows, ranks in ((1, 1), (2, 1), (4, 1), (2, 2), (4, 2)):
+        for loss, norm, gradients in world.run(gradients_of_a_cut, case, rows, ranks=ranks):
+            assert loss == pytest.approx(whole[0], rel=TOLERANCE)
+            assert norm == pytest.approx(whole[1], rel=TOLERANCE)
+            assert gradients.keys() == whole[2].keys()
+            for name, gradient in gradients.items():
+                least = 0.1 * largest if gradient.numel() == 1 else 0.01 * largest  # as training/parity.py says
+                size = max(whole[2][name].abs().max().item(), least)
+                assert (gradient - whole[2][name]).abs().max().item() <= TOLERANCE * size, (name, rows, ranks)
+
+
 def twenty_steps(parallel: ParallelConfig) -> tuple[list[float], list[float], list[str]]:
     """Losses, gradient norms and drifted copies of 20 bf16 steps."""
     trainer = Trainer(parallel, dtype=torch.bfloat16)
-    results = [trainer.step(("image", "mixed", "text", "packed")[n % 4]) for n in range(20)]
+    results = [trainer.step(("image", "mixed", "text", "packed")[n % 4], micro_batches=4) for n in range(20)]
     drifted = replicas_differ(unwrap(trainer.chunks), trainer.groups.pg.tp)
     return [r.loss for r in results], [r.grad_norm for r in results], drifted
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from world import World, WorldError
+from world import COLLECTIVE_TIMEOUT_S, World, WorldError
 
 from megavl.config import ParallelConfig
 from megavl.parallel.groups import init_groups
@@ -42,7 +42,7 @@ def test_one_rank_that_raises_fails_the_call_and_the_next_call_works(world: Worl
     start = time.monotonic()
     with pytest.raises(WorldError, match="a mistake on purpose"):
         world.run(fail_on, 1, ranks=2)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < COLLECTIVE_TIMEOUT_S / 2  # the other rank did not sit its wait out
     assert [p[3:] for p in world.run(place, ParallelConfig(tensor=2), ranks=2)] == [(2, 1), (2, 1)]
 
 

@@ -77,6 +77,18 @@ def test_one_importer_of_kernels():
     assert named == {"megavl/ops.py"}
 
 
+def test_kernels_go_by_the_name_of_the_package():
+    """A public package is called `kernels` as well; from the root, that name would find our folder and hide it."""
+    import megavl.kernels
+
+    assert [Path(path).resolve() for path in megavl.kernels.__path__] == [ROOT / "kernels"]
+    assert (ROOT / "pyproject.toml").exists()  # without it, pip's editable installs do not map the folder
+    for folder in ("megavl", "kernels", "tools", "examples", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            names = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
+            assert "kernels" not in names, path
+
+
 def code_of(path: Path) -> str:
     """A file without docstrings and comments."""
     tree = ast.parse(path.read_text())

@@ -158,6 +158,8 @@ def fault(folder: Path, name: str) -> str:
     content = {"zero.png": b"", "cut.png": png(90, 64)[:3000], "text.png": b"hello"}
     if name in content:
         (folder / name).write_bytes(content[name])
+    if name == "bomb.png":  # 9 kB
+        Image.new("1", (9000, 8000)).save(folder / name)
     return name
 
 
@@ -165,6 +167,8 @@ CASES = [
     ("captions", lambda f: {"image": fault(f, "cut.png"), "caption": "x"}, "cut.png"),
     ("captions", lambda f: {"image": fault(f, "zero.png"), "caption": "x"}, "zero.png"),
     ("captions", lambda f: {"image": fault(f, "text.png"), "caption": "x"}, "text.png: 5 bytes that are not an image"),
+    ("captions", lambda f: {"image": fault(f, "bomb.png"), "caption": "x"},
+     "bomb.png: 9000 x 8000 = 72000000 pixels, the limit is 67108864"),
     ("captions", lambda f: {"image": "gone.png", "caption": "x"}, "gone.png: No such file or directory"),
     ("captions", lambda f: {"image": {"a": 1}, "caption": "x"}, "an image is given as {'a': 1}"),
     ("captions", lambda f: {"image": 7.5, "caption": "x"}, "an image is given as 7.5"),

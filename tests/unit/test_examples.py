@@ -23,6 +23,7 @@ TABLE_4 = {
     ("7b", 2): (4.2e-5, "multistep", 2000, 42000, 2304, 4096, True),
     ("7b", 3): (2.0e-5, "cosine", 256, 10000, 256, 4096, False),
 }
+PIPELINED = {("7b", 2), ("7b", 3)}
 TABLE_1 = [13.1, 11.1, 2.1, 0.4, 1.2, 2.1, 70.0]
 TABLE_2 = [10.5, 35.5, 4.1, 2.0, 47.9]
 
@@ -40,6 +41,7 @@ def test_recipe(size: str, number: int) -> None:
     assert data.length_counts == ("text" if number == 1 else "all")
     assert stage.dtype == "bf16"
     assert validate(recipe) == []
+    assert (recipe.parallel.pipeline > 1) == ((size, number) in PIPELINED)
     # Hardware named in the docstring: `N nodes of 8`, data-parallel size and micro-batches as written there.
     text = path.read_text()
     nodes = int(re.search(r"(\d+) nodes of 8", text)[1])  # type: ignore[index]

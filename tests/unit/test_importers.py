@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from megavl.data.importers import webdataset
 from megavl.data.importers.conversations import to_caption, to_conversation
 from megavl.data.importers.documents import to_caption_document, to_interleaved
 from megavl.data.importers.images import ALL_TAGS, REFERENCE_TAGS, load_image, place_images
@@ -380,6 +381,16 @@ def test_tar_names_that_point_outside_are_refused(tmp_path: Path) -> None:
         "x/../../5": "the tar holds a name that points outside: 'x/../../5.png'",
     }
     assert [p.name for p in tmp_path.iterdir()] == ["s.tar"]  # nothing was unpacked
+
+
+def test_a_tar_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "MAX_MEMBER", 1000)
+    path = tar(tmp_path / "s.tar.gz", [
+        ("1.png", RED), ("1.txt", b"red"), ("2.png", bytes(1001)), ("2.txt", b"0"), ("3.png", BLUE), ("3.txt", b"b"),
+    ], "w:gz")  # fmt: skip
+    good, bad = samples(path)
+    assert list(good) == ["1", "3"]
+    assert bad == {"2": "'2.png' has 1001 bytes, the limit is 1000"}
 
 
 def test_a_cut_tar_gives_what_is_whole(tmp_path: Path) -> None:

@@ -112,3 +112,15 @@ def test_store_samples_fit_their_rows_and_learn_the_answer_alone(corpus_parts, t
     assert tokenizer.decode(tokens[learn].tolist()).strip() == str(image.digit)
     assert tokens[learn][-1] == tokenizer.eos_id
     assert (tokens == tokenizer.image_id).sum() == 1
+
+
+def test_the_cause_of_a_failure_is_told_in_the_words_of_the_command(tmp_path):
+    from run import _cause
+
+    errors = tmp_path / "stage0.stderr.txt"
+    noise = "W1122 warning\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    for sentence in ("megavl: parallel.tensor 3 does not fit", "error: no digits", "RuntimeError: a fault"):
+        errors.write_text(f"{noise if sentence.startswith(('megavl', 'error')) else ''}  {sentence}\n{noise}")
+        assert _cause(errors) == sentence
+    errors.write_text("nothing of interest\n")
+    assert _cause(errors) == "it wrote no error message"

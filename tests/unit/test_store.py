@@ -114,9 +114,9 @@ def test_loader_processes_read_the_same(tmp_path: Path) -> None:
     children = [context.Process(target=_read_in_child, args=(store, queue)) for _ in range(2)]
     for child in children:
         child.start()
-    results = [queue.get(timeout=60) for _ in children]
+    results = [queue.get(timeout=600) for _ in children]
     for child in children:
-        child.join(timeout=60)
+        child.join(timeout=600)
     assert results == [samples, samples]
 
 

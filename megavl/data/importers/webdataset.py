@@ -17,6 +17,8 @@ from megavl.data.importers.records import Item, decode_text, parse
 from megavl.data.sample import Rejected, Sample
 
 _IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
+MAX_MEMBER = 256 * 2**20
+"""Largest file that is read out of a tar, in bytes: a few kilobytes of a compressed tar may unpack to any size."""
 Members = tuple[tuple[str, bytes], ...]
 """(suffix in lower case, content) of each file of a sample."""
 
@@ -56,6 +58,8 @@ def _refusal(member: tarfile.TarInfo) -> str:
         return f"the tar holds a name that points outside: {member.name!r}"
     if not member.isreg():
         return f"{member.name!r} is a link or device, not a file"
+    if member.size > MAX_MEMBER:
+        return f"{member.name!r} has {member.size} bytes, the limit is {MAX_MEMBER}"
     return ""
 
 
