@@ -121,6 +121,20 @@ def test_every_gradient(groups: Groups, ops: Ops, case: Case) -> None:
         hold(name, ours[name], gradient, own)
 
 
+def test_only_positions_with_a_label_pass_the_head(groups: Groups, ops: Ops) -> None:
+    assert ops.linear_cross_entropy is not None
+    given = []
+
+    def watched(*args: Tensor, rows: Tensor, **options: object) -> Tensor:
+        given.append(rows)
+        return ops.linear_cross_entropy(*args, rows=rows, **options)
+
+    batch = batch_of("packed", 24, 0, groups.device)
+    build(groups, Ops(linear_cross_entropy=watched))(batch)
+    assert torch.equal(given[0], (batch.labels != IGNORE).nonzero().squeeze(1))
+    assert len(given[0]) < len(batch.labels)
+
+
 def test_checkpoints_do_not_depend_on_the_choice(groups: Groups, ops: Ops) -> None:
     with_kernels, without = build(groups, ops), build(groups, PLAIN)
     assert with_kernels.state_dict().keys() == without.state_dict().keys()
