@@ -32,15 +32,22 @@ def strided_conv(features: Tensor, weight: Tensor) -> Tensor:
         ValueError: unsupported type, device or shape.
     """
     check_tensor("features", features)
-    check_tensor("weight", weight, like=features, dtypes=(features.dtype,))
-    if features.dim() != 4 or not all(features.shape[1:]):
+    if features.dim() != 4 or not all(features.shape[2:]):
         raise ValueError(f"features has shape {tuple(features.shape)}; supported is [images, channels, rows, columns]")
-    if weight.dim() != 4 or weight.shape[1:] != (features.shape[1], 3, 3):
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; supported is [k, {features.shape[1]}, 3, 3]")
+    check_weight(features, weight)
     return _strided_conv(features, weight)
 
 
-def _weight_rows(weight: Tensor) -> Tensor:
+def check_weight(features: Tensor, weight: Tensor) -> None:
+    """Refuse a weight that does not fit the features, [i, c, y, x]."""
+    check_tensor("weight", weight, like=features, dtypes=(features.dtype,))
+    if not features.shape[1]:
+        raise ValueError(f"features has shape {tuple(features.shape)}; supported are 1 channel and more")
+    if weight.dim() != 4 or weight.shape[1:] != (features.shape[1], 3, 3):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; supported is [k, {features.shape[1]}, 3, 3]")
+
+
+def weight_rows(weight: Tensor) -> Tensor:
     """[k, 3, 3, c], contiguous."""
     return weight.permute(0, 2, 3, 1).contiguous()
 
@@ -53,7 +60,7 @@ def _strided_conv(features: Tensor, weight: Tensor) -> Tensor:
     if y.numel():
         tile, pixels = blocks(x.dtype, k, c), y.numel() // k
         conv_forward[(triton.cdiv(pixels, tile["BLOCK_M"]), triton.cdiv(k, tile["BLOCK_N"]))](
-            *(x, _weight_rows(weight), y, *x.stride()[:3], pixels),
+            *(x, weight_rows(weight), y, *x.stride()[:3], pixels),
             **{"Y": rows, "X": columns, "C": c, "K": k, "UPCAST": INTERPRETING},
             **tile,
         )
@@ -75,7 +82,7 @@ def _backward_input(gradient: Tensor, weight: Tensor, rows: int, columns: int) -
     if not k:
         dx.zero_()
     elif dx.numel():
-        tile, w = blocks(dy.dtype, c, k), _weight_rows(weight)
+        tile, w = blocks(dy.dtype, c, k), weight_rows(weight)
         for odd_y, odd_x in ((0, 0), (0, 1), (1, 0), (1, 1)):
             pixels = i * ((rows + 1 - odd_y) // 2) * ((columns + 1 - odd_x) // 2)
             if pixels:  # a map of one row has no odd one
