@@ -98,7 +98,7 @@ def variants() -> list[Variant]:
     return [
         Variant(
             op="interpolate_conv",
-            name="64 to 96 c256 k512",
+            name="forward 64x64 to 96x96 c256 k512",
             kernel=interpolate_conv_forward,
             arguments={
                 **dict.fromkeys(("p_x", "p_w", "p_y"), "*bf16"),
@@ -106,6 +106,13 @@ def variants() -> list[Variant]:
             },
             constants={**sizes, "UPCAST": False, **tile},
             unaligned=("pixels",),
+            tries=(
+                {"BLOCK_M": 128, "BLOCK_N": 128},
+                {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4},
+                {"BLOCK_M": 128, "num_stages": 2},
+                {"num_stages": 2},
+            ),
+            measured_by=("images8", "forward"),
             expects={80: ("HMMA", "LDGSTS"), 90: ("HGMMA", "LDGSTS")},
             **options,
         )

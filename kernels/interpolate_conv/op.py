@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from megavl.kernels.configurations import configuration
 from megavl.kernels.interpolate.op import channels_last, check_map, interpolate
 from megavl.kernels.interpolate_conv.kernel import blocks, interpolate_conv_forward
 from megavl.kernels.launch import INTERPRETING
@@ -43,7 +44,8 @@ def _interpolate_conv(features: Tensor, weight: Tensor, rows: int, columns: int)
     i, s_y, s_x, c = x.shape
     y = torch.empty(i, (rows + 1) // 2, (columns + 1) // 2, k, dtype=x.dtype, device=x.device)
     if y.numel():
-        tile, pixels = blocks(x.dtype, k, c), y.numel() // k
+        shape, pixels = f"{s_y}x{s_x} to {rows}x{columns} c{c} k{k}", y.numel() // k
+        tile = configuration("interpolate_conv", "forward", shape, blocks(x.dtype, k, c), x)
         interpolate_conv_forward[(triton.cdiv(pixels, tile["BLOCK_M"]), triton.cdiv(k, tile["BLOCK_N"]))](
             *(x, weight_rows(weight), y, *x.stride()[:3], pixels),
             **{"S_Y": s_y, "S_X": s_x, "T_Y": rows, "T_X": columns, "C": c, "K": k, "UPCAST": INTERPRETING},

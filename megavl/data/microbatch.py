@@ -9,6 +9,7 @@ of an image in pixels.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +56,13 @@ class MicroBatch:
         if self.learnt is None and not self.labels.is_cuda:
             learnt = (self.labels != IGNORE).nonzero().squeeze(1)
             tensors["learnt"] = learnt.pin_memory() if device.type == "cuda" else learnt
-        return replace(self, **{name: v.to(device, non_blocking=True) for name, v in tensors.items()})
+        moved: dict[str, Any] = {name: v.to(device, non_blocking=True) for name, v in tensors.items()}
+        return replace(self, **moved)
 
     def pin_memory(self) -> "MicroBatch":
         """A copy in pinned memory (called by torch's DataLoader)."""
-        return replace(self, **{name: v.pin_memory() for name, v in self._tensors()})
+        pinned: dict[str, Any] = {name: v.pin_memory() for name, v in self._tensors()}
+        return replace(self, **pinned)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         pairs = ((f.name, getattr(self, f.name)) for f in fields(self))
