@@ -6,4 +6,5 @@ kernels = [f"megavl.kernels.{name}" for name in find_packages("kernels")]
 setup(
     packages=[*find_packages(include=["megavl", "megavl.*"]), "megavl.kernels", *kernels],
     package_dir={"megavl.kernels": "kernels"},
+    package_data={"megavl.kernels": ["results/*"]},
 )

@@ -1,7 +1,8 @@
 """Compile every kernel for sm_80 and sm_90 on any machine, and read registers, spills and instructions from the result.
 
-In: the `variants()` of each operator, one per kernel and shipped configuration. Out: a table, kept as
-`kernels/results/compiled.csv`. Triton's package carries ptxas and cuobjdump, so no GPU and no CUDA toolkit is needed.
+In: the `variants()` of each operator, one per kernel and shape class with the default configuration, and the entries of
+`kernels/results/configurations.json` for single devices. Out: a table, kept as `kernels/results/compiled.csv`. Triton's
+package carries ptxas and cuobjdump, so no GPU and no CUDA toolkit is needed.
 
     python -P -m megavl.kernels.ahead_of_time [--op rmsnorm] [--write]
 
@@ -17,13 +18,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from megavl.kernels.configurations import Configuration
+from megavl.kernels.configurations import read_table as read_configurations
 
 KERNELS = Path(__file__).parent
 TABLE = KERNELS / "results" / "compiled.csv"
@@ -55,6 +59,20 @@ class Variant:
     """Integer arguments that need not be multiples of 16."""
     expects: dict[int, tuple[str, ...]] = field(default_factory=dict)
     """Capability -> instruction families that must appear."""
+    capabilities: tuple[int, ...] = (80, 90)
+    """What it is compiled for."""
+    tries: tuple[Configuration, ...] = ()
+    """Other configurations that are worth a measurement on a new device."""
+    measured_by: tuple[str, str] = ("", "forward")
+    """Part of the name, and direction, of the benchmark case in which this variant runs."""
+
+    def with_configuration(self, chosen: Configuration) -> "Variant":
+        """The same with other launch options."""
+        options = {name: chosen[name] for name in ("num_warps", "num_stages") if name in chosen}
+        constants = {name: value for name, value in chosen.items() if name not in options}
+        unknown = sorted(constants.keys() - self.constants.keys())
+        assert not unknown, f"{self.op}/{self.name} has no option {', '.join(unknown)}"
+        return replace(self, constants={**self.constants, **constants}, **options)
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,18 @@ def operators() -> list[str]:
 def variants(op: str) -> list[Variant]:
     """The variants that an operator ships."""
     return importlib.import_module(f"megavl.kernels.{op}.kernel").variants()
+
+
+def shipped(op: str) -> list[Variant]:
+    """The variants of an operator with their defaults, and as configured for single devices."""
+    found = variants(op)
+    by_name = {f"{op}/{variant.name}": variant for variant in found}
+    for device, table in read_configurations().items():
+        for name, chosen in table["configurations"].items():
+            if name.startswith(f"{op}/"):
+                variant = by_name[name].with_configuration(chosen)
+                found.append(replace(variant, name=f"{variant.name} on {device}", capabilities=(table["capability"],)))
+    return found
 
 
 def compile_variant(variant: Variant, capability: int) -> Compiled:
@@ -155,8 +185,8 @@ def main() -> int:
     rows: list[Compiled] = []
     found: list[str] = []
     for op in options.op or operators():
-        for variant in variants(op):
-            for capability in SHARED_LIMIT:
+        for variant in shipped(op):
+            for capability in variant.capabilities:
                 rows.append(compile_variant(variant, capability))
                 found.extend(problems(variant, rows[-1], kept))
                 row = rows[-1]

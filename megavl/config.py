@@ -265,6 +265,8 @@ class KernelsConfig:
     """Resizing behind SAM's necks; `auto` takes the reference until triton is measured to be faster."""
     strided_conv: Implementation = "auto"
     """The two stride-2 convolutions behind that; `auto` takes the reference (cuDNN), as for `interpolate`."""
+    interpolate_conv: Implementation = "auto"
+    """Resizing and the first convolution in one; `auto` takes the reference: the two operators one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,7 +365,11 @@ def _kernel_checks(kernels: KernelsConfig, model: ModelConfig) -> Checks:
         (
             kernels.adaptor == "triton" and not fused,
             f"kernels.adaptor triton computes hybrid and mlp_gelu, but model.adaptor is {model.adaptor}",
-        )
+        ),
+        (
+            kernels.interpolate_conv == "triton" and kernels.interpolate == "triton",
+            "kernels.interpolate_conv triton contains the interpolation, so kernels.interpolate triton would never run",
+        ),
     ]
 
 

@@ -44,6 +44,8 @@ class Ops:
     """Resizing behind SAM's necks."""
     strided_conv: Operator | None = None
     """The two convolutions behind that."""
+    interpolate_conv: Operator | None = None
+    """Resizing and the first of the two convolutions, in place of `interpolate` and `strided_conv` there."""
 
 
 PLAIN = Ops()
@@ -69,12 +71,14 @@ FUNCTIONS = {
     "mlp_adaptor": ("adaptor", "mlp_adaptor"),
     "interpolate": ("interpolate", "interpolate"),
     "strided_conv": ("strided_conv", "strided_conv"),
+    "interpolate_conv": ("interpolate_conv", "interpolate_conv"),
 }
 """Field of `Ops` -> the folder in `kernels/`, which is the recipe's name for it, and the function there."""
 
 NOT_BY_DEFAULT = {
     "interpolate": "not measured to be faster than torch",
     "strided_conv": "not measured to be faster than cuDNN",
+    "interpolate_conv": "not measured to be faster than torch and cuDNN",
 }
 """Operator -> why `auto` takes the reference also on CUDA."""
 

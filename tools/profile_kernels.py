@@ -3,18 +3,21 @@ r"""Time the Triton kernels against their peers, or trace one training step.
     python tools/profile_kernels.py                                         # every operator at DeepSeek-VL's shapes
     python tools/profile_kernels.py --op sam_attention --shape mb8 --peer eager --dtype bf16
     python tools/profile_kernels.py --tables                                # the kept tables into kernels/README.md
+    python tools/profile_kernels.py --tune --op swiglu                      # try other launch configurations
     python tools/profile_kernels.py --trace RECIPE.py --parallel.tensor 1   # Chrome trace, time by operator and module
     torchrun --nproc-per-node 4 tools/profile_kernels.py --trace RECIPE.py  # the same for a layout, one trace a rank
 
 An operator is timed only if it agrees with its reference in the type that is timed. Rows go to
-`kernels/results/<gpu>.csv`, the table into `kernels/README.md`, the roofline beside the CSV. Without a GPU the
-agreement is checked in Triton's interpreter and nothing is timed.
+`kernels/results/<gpu>.csv`, the table into `kernels/README.md`, the roofline beside the CSV; with `--out FOLDER` all of
+it goes there, the table into `FOLDER/README.md`. Without a GPU the agreement is checked in Triton's interpreter and
+nothing is timed.
 
 Exit status: 0 if every operator agrees with its reference and ran, 1 otherwise.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,7 +33,10 @@ import triton
 
 from megavl.config import Recipe
 from megavl.kernels.benchmark import OURS, Ceilings, Timing, cases, gate, measure_ceilings, operators, time_case
+from megavl.kernels.configurations import TABLE as CONFIGURATIONS
 from megavl.kernels.records import (
+    README,
+    RESULTS,
     Origin,
     Row,
     compile_table,
@@ -59,7 +65,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--peer", action="append", help="only this peer beside our kernel, such as eager")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="type of the inputs (default bf16)")
     parser.add_argument("--repeats", type=int, default=60, help="timed calls of each implementation, at least 50")
+    parser.add_argument("--out", type=Path, help="folder for CSV, table and roofline in place of kernels/")
     parser.add_argument("--tables", action="store_true", help="only write the kept tables into kernels/README.md")
+    parser.add_argument("--tune", action="store_true", help="try launch configurations on this GPU, keep the fastest")
     parser.add_argument("--trace", metavar="RECIPE.py", help="trace one step; further arguments are the recipe's")
     parser.add_argument("--trace-folder", type=Path, default=Path("runs/trace"), help="where traces go")
     options, rest = parser.parse_known_args(arguments)
@@ -73,8 +81,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.trace is not None:
         return trace([options.trace, *rest], options.trace_folder)
     if options.tables:
-        return write_tables()
-    return profile(options)
+        return write_tables(options.out)
+    return tune(options) if options.tune else profile(options)
 
 
 def profile(options: argparse.Namespace) -> int:
@@ -94,8 +102,24 @@ def profile(options: argparse.Namespace) -> int:
         for op in ops:
             if op not in bad and not time_operator(op, device, dtype, ceilings, options):
                 red.add(op)
-    write_tables()
+    write_tables(options.out)
     return int(bool(red))
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Measure other launch configurations of the chosen operators; the table of configurations keeps what is faster."""
+    if not torch.cuda.is_available():
+        print("No GPU: launch configurations are measured on one, and nothing was tried.")
+        return 1
+    from megavl.kernels import tuning
+
+    for op in options.op or operators():
+        for sentence in tuning.tune(op, torch.device("cuda"), options.repeats):
+            print(sentence, flush=True)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        shutil.copy(CONFIGURATIONS, options.out)
+    return 0
 
 
 def refused(ops: Sequence[str], device: torch.device, dtypes: tuple[torch.dtype, ...]) -> set[str]:
@@ -122,7 +146,7 @@ def time_operator(
         timed = {name: t for name, t in timings.items() if isinstance(t, Timing)}
         rows = make_rows(case, dtype, timed, ceilings, micro_batch_flops(), origin)
         if rows:
-            write_rows(csv_path(origin.gpu), rows)
+            write_rows(csv_path(origin.gpu, options.out or RESULTS), rows)
         for row in rows:
             print(line(row), flush=True)
         for name, sentence in timings.items():
@@ -164,16 +188,21 @@ def micro_batch_flops() -> dict[str, float]:
     return {name: sum(step_flops(SIZES[name], trained, counts).values()) for name in MODELS}
 
 
-def write_tables() -> int:
-    """Put the kept rows into kernels/README.md, and draw the roofline of each GPU."""
-    put_table("compiled", compile_table())
-    paths = [path for path in sorted(csv_path("").parent.glob("*.csv")) if path.name != "compiled.csv"]
+def write_tables(out: Path | None = None) -> int:
+    """Put the kept rows into kernels/README.md (or `out`/README.md), and draw the roofline of each GPU."""
+    folder, page = (RESULTS, README) if out is None else (out, out / "README.md")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copy(README, page)
+    put_table("compiled", compile_table(), page)
     tables = []
-    for path in paths:
+    for path in sorted(folder.glob("*.csv")):
+        if path.name == "compiled.csv":
+            continue
         rows = read_rows(path)
-        tables.append(f"{measured_table(rows)}\n\n![roofline](results/{path.stem}.png)")
+        tables.append(f"{measured_table(rows)}\n\n![roofline]({path.relative_to(page.parent).with_suffix('.png')})")
         plot_roofline(rows, path.with_suffix(".png"))
-    put_table("measured", "\n\n".join(tables) or "Nothing has been measured yet.")
+    put_table("measured", "\n\n".join(tables) or "Nothing has been measured yet.", page)
     return 0
 
 

@@ -24,6 +24,14 @@ MAX_BLOCK_C = 256
 
 
 @triton.jit
+def place_of_output(o_t, S: tl.constexpr, T: tl.constexpr):
+    """Along an axis: the lower of the two samples that output o_t lies between, and the weight of the upper, fp32."""
+    u = tl.minimum(tl.maximum((2 * o_t + 1) * S - T, 0), 2 * T * (S - 1))
+    o_low = u // (2 * T)
+    return o_low, (u - o_low * 2 * T).to(tl.float32) / (2.0 * T)
+
+
+@triton.jit
 def interpolate_forward(
     p_x,  # [i, S_Y, S_X, c] input, channels adjacent
     p_y,  # [i, T_Y, T_X, c] output
@@ -42,12 +50,9 @@ def interpolate_forward(
     o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = (o_p < pixels)[:, None] & (o_c < c)[None, :]  # [BLOCK_P, BLOCK_C]
-    u_y = tl.minimum(tl.maximum((2 * (o_p // T_X % T_Y) + 1) * S_Y - T_Y, 0), 2 * T_Y * (S_Y - 1))  # [BLOCK_P]
-    u_x = tl.minimum(tl.maximum((2 * (o_p % T_X) + 1) * S_X - T_X, 0), 2 * T_X * (S_X - 1))  # [BLOCK_P]
-    y_low = u_y // (2 * T_Y)
-    x_low = u_x // (2 * T_X)
-    f_y = ((u_y - y_low * 2 * T_Y).to(tl.float32) / (2.0 * T_Y))[:, None]
-    f_x = ((u_x - x_low * 2 * T_X).to(tl.float32) / (2.0 * T_X))[:, None]
+    y_low, f_y = place_of_output(o_p // T_X % T_Y, S_Y, T_Y)  # [BLOCK_P]
+    x_low, f_x = place_of_output(o_p % T_X, S_X, T_X)
+    f_y, f_x = f_y[:, None], f_x[:, None]
     p_image = p_x + (o_p // (T_X * T_Y) * by_image)[:, None] + o_c[None, :]  # [BLOCK_P, BLOCK_C]
     p_low = p_image + (y_low * by_row)[:, None]
     p_high = p_image + (tl.minimum(y_low + 1, S_Y - 1) * by_row)[:, None]

@@ -27,13 +27,18 @@ def interpolate(features: Tensor, size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: unsupported type, device, shape or size.
     """
+    check_map(features, size)
+    return _interpolate(features, size[0], size[1])
+
+
+def check_map(features: Tensor, size: tuple[int, int]) -> None:
+    """Refuse a map or a size that cannot be interpolated."""
     check_tensor("features", features)
     if features.dim() != 4:
         raise ValueError(f"features has {features.dim()} dimensions; supported is [images, channels, rows, columns]")
     for name, sides in (("features", features.shape[2:]), ("size", size)):
         if len(sides) != 2 or not all(0 < side <= MAX_SIDE for side in sides):
             raise ValueError(f"{name} has sides {tuple(sides)}; supported are two of 1 to {MAX_SIDE}")
-    return _interpolate(features, size[0], size[1])
 
 
 def channels_last(features: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megavl.kernels.configurations import configuration
 from megavl.kernels.launch import check_tensor
-from megavl.kernels.linear_cross_entropy.kernel import BLOCK, WARPS, loss_and_gradient, row_statistics
+from megavl.kernels.linear_cross_entropy.kernel import DEFAULT, loss_and_gradient, row_statistics
 
 
 def linear_cross_entropy(
@@ -243,9 +244,8 @@ def _statistics(logits: Tensor, targets: Tensor, vocab_start: int) -> Tensor:
     rows, v = logits.shape
     statistics = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
     if rows:
-        row_statistics[(rows,)](
-            *(logits, targets, statistics, logits.stride(0), rows, v, vocab_start), BLOCK=BLOCK, num_warps=WARPS
-        )
+        options = configuration("linear_cross_entropy", "statistics", "any v", DEFAULT, logits)
+        row_statistics[(rows,)](*(logits, targets, statistics, logits.stride(0), rows, v, vocab_start), **options)
     return statistics
 
 
@@ -262,12 +262,13 @@ def _loss_and_gradient_(
     rows, v = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        loss_and_gradient[(rows, triton.cdiv(v, BLOCK) if gradient else 1)](
+        shape = f"ranks {statistics.shape[0]}"
+        options = configuration("linear_cross_entropy", "gradient", shape, DEFAULT, logits)
+        loss_and_gradient[(rows, triton.cdiv(v, options["BLOCK"]) if gradient else 1)](
             *(logits, targets, weights, statistics, losses, logits.stride(0), rows, v, vocab_start),
             RANKS=statistics.shape[0],
             GRADIENT=gradient,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
+            **options,
         )
     return losses
 

@@ -66,18 +66,18 @@ def rms_norm_backward(
     tl.store(p_dw + i_program * H + o_h, b_dw, mask=m_h)
 
 
-def block_and_warps(hidden: int) -> tuple[int, int]:
+def block_and_warps(hidden: int) -> dict[str, int]:
     """Columns of a program's block, and warps that share it: 16 values a thread, 4 to 16 warps."""
     block = triton.next_power_of_2(hidden)
-    return block, min(16, max(4, block // 512))
+    return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
 
 
 def variants() -> list[Variant]:
     """The decoder widths of the 1.3B and the 7B in bf16."""
     found = []
     for hidden in (2048, 4096):
-        block, warps = block_and_warps(hidden)
-        constants = {"H": hidden, "BLOCK": block}
+        options = block_and_warps(hidden)
+        constants, warps = {"H": hidden, "BLOCK": options["BLOCK"]}, options["num_warps"]
         wide = ("LDG.E.128", "STG.E.128")
         found.append(
             Variant(
@@ -95,6 +95,8 @@ def variants() -> list[Variant]:
                 constants=constants,
                 num_warps=warps,
                 expects={80: wide, 90: wide},
+                tries=({"num_warps": warps // 2}, {"num_warps": 2 * warps}),
+                measured_by=(f"mb8 rows32768 h{hidden}", "forward"),
             )
         )
         tensors = {"p_dy": "*bf16", "p_x": "*bf16", "p_w": "*bf16", "p_r": "*fp32", "p_dx": "*bf16", "p_dw": "*fp32"}
@@ -108,6 +110,8 @@ def variants() -> list[Variant]:
                 num_warps=warps,
                 unaligned=("rows",),
                 expects={80: wide, 90: wide},
+                tries=({"num_warps": warps // 2}, {"num_warps": 2 * warps}),
+                measured_by=(f"mb8 rows32768 h{hidden}", "backward"),
             )
         )
     return found

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megavl.kernels.configurations import configuration
 from megavl.kernels.launch import as_rows, check_tensor, num_programs
 from megavl.kernels.rmsnorm.kernel import block_and_warps, rms_norm_backward, rms_norm_forward
 
@@ -43,11 +44,9 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
     if rows.shape[0]:
-        block, warps = block_and_warps(x.shape[-1])
-        grid = (rows.shape[0],)
-        rms_norm_forward[grid](
-            rows, weight.contiguous(), y, r, rows.stride(0), eps, H=x.shape[-1], BLOCK=block, num_warps=warps
-        )
+        h = x.shape[-1]
+        options = configuration("rmsnorm", "forward", f"h{h}", block_and_warps(h), x)
+        rms_norm_forward[(rows.shape[0],)](rows, weight.contiguous(), y, r, rows.stride(0), eps, H=h, **options)
     return y, r
 
 
@@ -66,12 +65,12 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tupl
         return dx, torch.zeros_like(weight)
     programs = min(num_programs(x.device), rows.shape[0])
     parts = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
-    block, warps = block_and_warps(x.shape[-1])
+    h = x.shape[-1]
+    options = configuration("rmsnorm", "backward", f"h{h}", block_and_warps(h), x)
     rms_norm_backward[(programs,)](
         *(dy_rows, rows, weight.contiguous(), r, dx, parts, dy_rows.stride(0), rows.stride(0), rows.shape[0]),
-        H=x.shape[-1],
-        BLOCK=block,
-        num_warps=warps,
+        H=h,
+        **options,
     )
     return dx, parts.sum(0).to(weight.dtype)
 

@@ -307,7 +307,7 @@ def variants() -> list[Variant]:
         ),
         Variant(
             op="sam_attention",
-            name="global 64x64",
+            name="global 64x64 d64",
             kernel=global_attention,
             arguments={
                 **dict.fromkeys(("p_qkv", "p_rows", "p_columns", "p_y"), "*bf16"),
@@ -317,10 +317,18 @@ def variants() -> list[Variant]:
             num_stages=whole.pop("num_stages"),
             constants={**shape, **whole, "GRID_H": 64, "GRID_W": 64},
             expects=tensor_cores,
+            tries=(
+                {"num_stages": 2},
+                {"num_stages": 4},
+                {"BLOCK_M": 64, "num_warps": 4},
+                {"BLOCK_M": 64, "num_warps": 4, "num_stages": 2},
+                {"BLOCK_M": 256, "num_warps": 16},
+            ),
+            measured_by=("mb8 global", "forward"),
         ),
         Variant(
             op="sam_attention",
-            name="window 14 of 64x64",
+            name="window 14 of 64x64 d64",
             kernel=window_attention,
             arguments={
                 **dict.fromkeys(("p_qkv", "p_bias", "p_rel_h", "p_rel_w", "p_y"), "*bf16"),
@@ -330,5 +338,7 @@ def variants() -> list[Variant]:
             num_stages=windows.pop("num_stages"),
             constants={**shape, **windows, "SIDE": 14},
             expects=tensor_cores,
+            tries=({"num_stages": 1}, {"num_stages": 3}, {"num_warps": 8}),
+            measured_by=("mb8 window", "forward"),
         ),
     ]

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from megavl.kernels.configurations import configuration
 from megavl.kernels.launch import INTERPRETING, check_tensor
 from megavl.kernels.sam_attention.backward import sam_attention_gradients
 from megavl.kernels.sam_attention.kernel import (
@@ -130,7 +131,7 @@ def _attend_grid(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, y: Tensor) -
         **{"LINES": f, "TOKENS": g, "LINE_OUT": f, "TOKEN_OUT": f * f, "TERM_OUT": 1},
         **term_blocks(f, g, d),
     )
-    blocks = global_blocks(tokens, f, d, qkv.dtype)
+    blocks = configuration("sam_attention", "global", f"{g}x{f} d{d}", global_blocks(tokens, f, d, qkv.dtype), qkv)
     global_attention[(images * heads * triton.cdiv(tokens, blocks["BLOCK_M"]),)](
         *(qkv, rows, columns, y, by_image, by_row, by_column, math.log2(math.e) * d**-0.5),
         **shape,
@@ -148,7 +149,8 @@ def _attend_windows(
     d = rel_pos_h.shape[1]
     # Without padding the bias is never read; a pointer it must be.
     bias = qkv.new_empty(0) if qkv_bias is None else qkv_bias.contiguous()
-    blocks = window_blocks(window, d, qkv.dtype)
+    default = window_blocks(window, d, qkv.dtype)
+    blocks = configuration("sam_attention", "window", f"{window} of {g}x{f} d{d}", default, qkv)
     num_windows = images * triton.cdiv(g, window) * triton.cdiv(f, window)
     window_attention[(num_windows * (c // d) * triton.cdiv(window, blocks["ROWS"]),)](
         *(qkv, bias, rel_pos_h, rel_pos_w, y, *qkv.stride()[:3], g, f, math.log2(math.e) * d**-0.5),

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from megavl.kernels.configurations import configuration
 from megavl.kernels.interpolate.op import channels_last
 from megavl.kernels.launch import INTERPRETING, check_tensor, num_programs
 from megavl.kernels.strided_conv.kernel import blocks, conv_backward_input, conv_backward_weight, conv_forward
@@ -32,17 +33,29 @@ def strided_conv(features: Tensor, weight: Tensor) -> Tensor:
         ValueError: unsupported type, device or shape.
     """
     check_tensor("features", features)
-    check_tensor("weight", weight, like=features, dtypes=(features.dtype,))
-    if features.dim() != 4 or not all(features.shape[1:]):
+    if features.dim() != 4 or not all(features.shape[2:]):
         raise ValueError(f"features has shape {tuple(features.shape)}; supported is [images, channels, rows, columns]")
-    if weight.dim() != 4 or weight.shape[1:] != (features.shape[1], 3, 3):
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; supported is [k, {features.shape[1]}, 3, 3]")
+    check_weight(features, weight)
     return _strided_conv(features, weight)
 
 
-def _weight_rows(weight: Tensor) -> Tensor:
+def check_weight(features: Tensor, weight: Tensor) -> None:
+    """Refuse a weight that does not fit the features, [i, c, y, x]."""
+    check_tensor("weight", weight, like=features, dtypes=(features.dtype,))
+    if not features.shape[1]:
+        raise ValueError(f"features has shape {tuple(features.shape)}; supported are 1 channel and more")
+    if weight.dim() != 4 or weight.shape[1:] != (features.shape[1], 3, 3):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; supported is [k, {features.shape[1]}, 3, 3]")
+
+
+def weight_rows(weight: Tensor) -> Tensor:
     """[k, 3, 3, c], contiguous."""
     return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def _shape(rows: int, columns: int, c: int, k: int) -> str:
+    """What configurations are kept for."""
+    return f"{rows}x{columns} c{c} k{k}"
 
 
 @torch.library.custom_op("megavl::strided_conv", mutates_args=())
@@ -51,9 +64,10 @@ def _strided_conv(features: Tensor, weight: Tensor) -> Tensor:
     i, rows, columns, c = x.shape
     y = torch.empty(i, (rows + 1) // 2, (columns + 1) // 2, k, dtype=x.dtype, device=x.device)
     if y.numel():
-        tile, pixels = blocks(x.dtype, k, c), y.numel() // k
+        tile = configuration("strided_conv", "forward", _shape(rows, columns, c, k), blocks(x.dtype, k, c), x)
+        pixels = y.numel() // k
         conv_forward[(triton.cdiv(pixels, tile["BLOCK_M"]), triton.cdiv(k, tile["BLOCK_N"]))](
-            *(x, _weight_rows(weight), y, *x.stride()[:3], pixels),
+            *(x, weight_rows(weight), y, *x.stride()[:3], pixels),
             **{"Y": rows, "X": columns, "C": c, "K": k, "UPCAST": INTERPRETING},
             **tile,
         )
@@ -75,8 +89,9 @@ def _backward_input(gradient: Tensor, weight: Tensor, rows: int, columns: int) -
     if not k:
         dx.zero_()
     elif dx.numel():
-        tile, w = blocks(dy.dtype, c, k), _weight_rows(weight)
+        default, shape, w = blocks(dy.dtype, c, k), _shape(rows, columns, c, k), weight_rows(weight)
         for odd_y, odd_x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            tile = configuration("strided_conv", f"dx parity {odd_y}{odd_x}", shape, default, dy)
             pixels = i * ((rows + 1 - odd_y) // 2) * ((columns + 1 - odd_x) // 2)
             if pixels:  # a map of one row has no odd one
                 conv_backward_input[(triton.cdiv(pixels, tile["BLOCK_M"]), triton.cdiv(c, tile["BLOCK_N"]))](
@@ -99,7 +114,8 @@ def _backward_weight(gradient: Tensor, features: Tensor) -> Tensor:
     (_, rows, columns, c), k = x.shape, dy.shape[-1]
     if not dy.numel():
         return x.new_zeros(k, c, 3, 3)
-    tile, pixels = blocks(x.dtype, c, 64), dy.numel() // k
+    tile = configuration("strided_conv", "dw", _shape(rows, columns, c, k), blocks(x.dtype, c, 64), x)
+    pixels = dy.numel() // k
     tiles = triton.cdiv(k, tile["BLOCK_M"]) * triton.cdiv(c, tile["BLOCK_N"])
     splits = max(1, min(MAX_SPLITS, num_programs(x.device) // (9 * tiles), triton.cdiv(pixels, tile["BLOCK_K"])))
     if INTERPRETING:

@@ -13,6 +13,7 @@ from megavl.kernels.ahead_of_time import Variant
 
 BLOCK = 1024
 """Columns of a program: with 4 warps each thread moves 16 bytes of bf16 at a time."""
+DEFAULT = {"BLOCK": BLOCK, "num_warps": 4}
 
 
 @triton.jit
@@ -55,6 +56,9 @@ def swiglu_backward(
     tl.store(p_dx + i_row * 2 * f + f + o_f, b_dup.to(p_dx.dtype.element_ty), mask=m_f)
 
 
+_TRIES = ({"BLOCK": 2048, "num_warps": 8}, {"BLOCK": 2048}, {"BLOCK": 4096, "num_warps": 8}, {"BLOCK": 512})
+
+
 def variants() -> list[Variant]:
     """bf16; f of both released sizes is a multiple of 16, as Triton is told."""
     wide = {80: ("LDG.E.128", "STG.E.128"), 90: ("LDG.E.128", "STG.E.128")}
@@ -62,15 +66,17 @@ def variants() -> list[Variant]:
     return [
         Variant(
             op="swiglu",
-            name="forward",
+            name="forward any f",
             kernel=swiglu_forward,
             arguments={"p_x": "*bf16", "p_y": "*bf16", "x_stride": "i32", "f": "i32"},
             constants=constants,
             expects=wide,
+            tries=_TRIES,
+            measured_by=("7b mb8", "forward"),
         ),
         Variant(
             op="swiglu",
-            name="backward",
+            name="backward any f",
             kernel=swiglu_backward,
             arguments={
                 **{"p_dy": "*bf16", "p_x": "*bf16", "p_dx": "*bf16"},
@@ -78,5 +84,7 @@ def variants() -> list[Variant]:
             },
             constants=constants,
             expects=wide,
+            tries=_TRIES,
+            measured_by=("7b mb8", "backward"),
         ),
     ]

@@ -4,8 +4,9 @@ import torch
 import triton
 from torch import Tensor
 
+from megavl.kernels.configurations import configuration
 from megavl.kernels.launch import as_rows, check_tensor
-from megavl.kernels.swiglu.kernel import BLOCK, swiglu_backward, swiglu_forward
+from megavl.kernels.swiglu.kernel import DEFAULT, swiglu_backward, swiglu_forward
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -31,7 +32,8 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     rows, f = as_rows(gate_up), gate_up.shape[-1] // 2
     y = torch.empty(*gate_up.shape[:-1], f, dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
-        swiglu_forward[(rows.shape[0], triton.cdiv(f, BLOCK))](rows, y, rows.stride(0), f, BLOCK=BLOCK)
+        options = configuration("swiglu", "forward", "any f", DEFAULT, rows)
+        swiglu_forward[(rows.shape[0], triton.cdiv(f, options["BLOCK"]))](rows, y, rows.stride(0), f, **options)
     return y
 
 
@@ -45,8 +47,9 @@ def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     rows, dy_rows, f = as_rows(gate_up), as_rows(dy), gate_up.shape[-1] // 2
     dx = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     if dx.numel():
-        grid = (rows.shape[0], triton.cdiv(f, BLOCK))
-        swiglu_backward[grid](dy_rows, rows, dx, dy_rows.stride(0), rows.stride(0), f, BLOCK=BLOCK)
+        options = configuration("swiglu", "backward", "any f", DEFAULT, rows)
+        grid = (rows.shape[0], triton.cdiv(f, options["BLOCK"]))
+        swiglu_backward[grid](dy_rows, rows, dx, dy_rows.stride(0), rows.stride(0), f, **options)
     return dx
 
 

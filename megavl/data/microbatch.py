@@ -4,10 +4,12 @@ Every micro-batch has this one form, packed or not: its rows are joined end to e
 start, and padding (if the pipeline needs equal lengths) is a last document without labels. So there is one attention
 path, and no row is padded to another's length.
 
-Shapes: t tokens of the micro-batch, d documents, i images, p positions per image (576), S side of an image in pixels.
+Shapes: t tokens of the micro-batch, k of them with a label, d documents, i images, p positions per image (576), S side
+of an image in pixels.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,18 +44,29 @@ class MicroBatch:
     """The one modality of its rows, or None if mixed."""
     sample_ids: tuple[tuple[str, int], ...]
     """(source name, sample index in the source's store) of every sample, in order."""
+    learnt: Tensor | None = None
+    """Positions that have a label, int64 [k]: rows that the output head computes. None until `to` fills it in."""
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """A copy on `device`; pinned memory is copied without waiting."""
-        return replace(self, **{f.name: v.to(device, non_blocking=True) for f, v in self._tensors()})
+        """A copy on `device`; pinned memory is copied without waiting.
+
+        Fills in `learnt`: here labels are still on the host, while their number on a GPU must be waited for.
+        """
+        tensors = dict(self._tensors())
+        if self.learnt is None and not self.labels.is_cuda:
+            learnt = (self.labels != IGNORE).nonzero().squeeze(1)
+            tensors["learnt"] = learnt.pin_memory() if device.type == "cuda" else learnt
+        moved: dict[str, Any] = {name: v.to(device, non_blocking=True) for name, v in tensors.items()}
+        return replace(self, **moved)
 
     def pin_memory(self) -> "MicroBatch":
         """A copy in pinned memory (called by torch's DataLoader)."""
-        return replace(self, **{f.name: v.pin_memory() for f, v in self._tensors()})
+        pinned: dict[str, Any] = {name: v.pin_memory() for name, v in self._tensors()}
+        return replace(self, **pinned)
 
-    def _tensors(self):
-        pairs = ((f, getattr(self, f.name)) for f in fields(self))
-        return [(f, v) for f, v in pairs if isinstance(v, Tensor)]
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        pairs = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return [(name, v) for name, v in pairs if isinstance(v, Tensor)]
 
 
 @dataclass(frozen=True, kw_only=True)

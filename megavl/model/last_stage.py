@@ -43,10 +43,14 @@ class LastStage(MegatronModule):
             tp_group=pg.tp,
         )
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each token, fp32 [t]; 0 where `labels` [t] is `IGNORE`."""
+    def forward(self, hidden: Tensor, labels: Tensor, learnt: Tensor | None = None) -> Tensor:
+        """Cross-entropy of each token, fp32 [t]; 0 where `labels` [t] is `IGNORE`.
+
+        With the fused operator the rows of `learnt` alone (int64 [k], those with a label; None: all) pass the head:
+        image and prompt positions cost nothing.
+        """
         if self.fused is not None:
-            return self.head(hidden, labels, self.fused)
+            return self.head(hidden, labels, self.fused, learnt)
         learnt = labels != IGNORE  # [t]
         targets = labels.masked_fill(~learnt, 0).unsqueeze(1)  # [t, 1]
         logits, _ = self.head(hidden)  # [t, 1, v/tp]
@@ -65,13 +69,20 @@ class LossHead(ColumnParallelLinear):
     call waits until the weight has arrived.
     """
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, fused: Operator | None = None) -> Any:
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        fused: Operator | None = None,
+        learnt: Tensor | None = None,
+    ) -> Any:
         """Logits and bias as ever, or the loss of each token, fp32 [t].
 
         Args:
             hidden: [t, 1, h], [t/tp, 1, h] under sequence parallelism.
             labels: [t]; None: logits are wanted.
             fused: `Ops.linear_cross_entropy`.
+            learnt: positions with a label, int64 [k]; None: not known.
         """
         if labels is None or fused is None:
             return super().forward(hidden)
@@ -81,6 +92,7 @@ class LossHead(ColumnParallelLinear):
             hidden.squeeze(1),
             self.weight,
             labels,
+            rows=learnt,
             group=self.tp_group,
             vocab_start=self.tp_group.rank() * self.weight.shape[0],
             reduce_hidden_gradient=not self.sequence_parallel,

@@ -81,7 +81,7 @@ class Stage(MegatronModule):
     def forward(self, batch: MicroBatch) -> Tensor:
         """Hidden states for the next stage; on the last one the loss of each token, fp32 [t], 0 where `IGNORE`."""
         hidden = self._hidden(batch)
-        return hidden if self.last_stage is None else self.last_stage(hidden, batch.labels)
+        return hidden if self.last_stage is None else self.last_stage(hidden, batch.labels, batch.learnt)
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """As `forward`, but the last stage gives the logits of its part of the vocabulary, [t, v/tp]."""

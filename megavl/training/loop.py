@@ -16,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megavl.checkpoint.writer import CheckpointWriter
 from megavl.config import Modality, Recipe
 from megavl.data.microbatch import StepBatch
+from megavl.ops import choose
 from megavl.parallel.groups import Groups
 from megavl.training.flops import StepCounts, step_flops
 from megavl.training.freeze import TRAINED
@@ -156,7 +157,7 @@ def _record(
         images=result.images,
         tokens=totals.tokens,
         squared_lengths=totals.squared_lengths,
-        logits=totals.tokens,  # the head is computed for every position
+        logits=_head_rows(run, result, totals),
     )
     trained = [name for name, is_trained in TRAINED[run.recipe.stage.number].items() if is_trained]
     rate = sum(step_flops(run.recipe.model, trained, counts).values()) / seconds / run.groups.world_size
@@ -182,6 +183,13 @@ def _record(
         rows=run.recipe.stage.global_batch,
         failed_samples=failed,
     )
+
+
+def _head_rows(run: Run, result: StepResult, totals: StepTotals) -> int:
+    """Positions for which the head is computed: those with a label in the fused operator, else all."""
+    dtype = next(run.chunks[0].parameters()).dtype
+    chosen = choose(run.recipe.kernels, run.groups.device, dtype)["linear_cross_entropy"]
+    return result.supervised_tokens if chosen.implementation == "triton" else totals.tokens
 
 
 def _modality(batch: StepBatch, recipe: Recipe) -> Modality | None:

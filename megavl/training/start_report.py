@@ -56,7 +56,7 @@ def device_line(recipe: Recipe, groups: Groups) -> str:
 def kernel_lines(recipe: Recipe, groups: Groups) -> list[str]:
     """What computes each operator that the model has."""
     dtype = torch.bfloat16 if recipe.stage.dtype == "bf16" else torch.float32
-    absent = {"sam_attention", "interpolate", "strided_conv"} if recipe.model.sam is None else set()
+    absent = {"sam_attention", "interpolate", "strided_conv", "interpolate_conv"} if recipe.model.sam is None else set()
     if recipe.model.adaptor not in ("hybrid", "mlp_gelu"):
         absent.add("adaptor")
     lines = operator_lines(recipe.kernels, groups.device, dtype)

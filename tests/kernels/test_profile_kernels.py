@@ -69,9 +69,8 @@ def test_a_red_gate_is_not_timed(tool, monkeypatch, tmp_path):
     monkeypatch.setattr(tool, "gate", lambda op, device, dtypes: "wrong" if op == "rope" else "")
     monkeypatch.setattr(tool, "measure_ceilings", lambda device, dtype: Ceilings(copy=4e12, matmul=8e14))
     monkeypatch.setattr(tool, "time_case", time_case)
-    monkeypatch.setattr(tool, "write_tables", lambda: 0)
-    monkeypatch.setattr(tool, "csv_path", lambda gpu: records.csv_path(gpu, tmp_path))
     options = ["--op", "rope", "--op", "rmsnorm", "--shape", "7b mb8", "--peer", "eager", "--repeats", "70"]
+    options += ["--out", str(tmp_path)]
     assert tool.main(options) == 1
     assert {op for op, _ in timed} == {"rmsnorm"}
     assert all("7b mb8" in name for _, name in timed)
@@ -81,13 +80,16 @@ def test_a_red_gate_is_not_timed(tool, monkeypatch, tmp_path):
         ("rmsnorm", "triton", "backward"),
     ]
     assert all(row.step_share.startswith("7b ") and row.commit for row in rows)
+    page = (tmp_path / "README.md").read_text()
+    assert "| rmsnorm | 7b mb8" in page
+    assert "![roofline](made_up_gpu.png)" in page
+    assert (tmp_path / "made_up_gpu.png").exists()
 
 
 def test_a_kernel_that_does_not_run_at_the_timed_shape_fails_the_command(tool, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tool, "time_case", lambda *_: {"triton": "RuntimeError: illegal address"})
-    monkeypatch.setattr(tool, "csv_path", lambda gpu: records.csv_path(gpu, tmp_path))
     monkeypatch.setattr(tool.torch.cuda, "get_device_name", lambda device: "Made-up GPU")
-    options = SimpleNamespace(peer=None, shape=["7b mb1"], repeats=60)
+    options = SimpleNamespace(peer=None, shape=["7b mb1"], repeats=60, out=tmp_path)
     ceilings = Ceilings(copy=4e12, matmul=8e14)
     assert not tool.time_operator("rope", torch.device("cpu"), torch.bfloat16, ceilings, options)
     assert "triton did not run: RuntimeError: illegal address" in capsys.readouterr().out

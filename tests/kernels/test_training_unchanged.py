@@ -4,6 +4,7 @@ Here: a hybrid model of 2 layers on one process. Without a GPU the kernels run i
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,9 +50,9 @@ def groups() -> Iterator[Groups]:
 
 @pytest.fixture
 def ops(groups: Groups) -> Ops:
-    """Every kernel there is."""
+    """Every kernel but the one in place of two others, which has the same test in test_interpolate_conv.py."""
     kernels = KernelsConfig(**dict.fromkeys(KernelsConfig.__dataclass_fields__, "triton"))
-    return make_ops(kernels, groups.device, torch.float32)
+    return make_ops(replace(kernels, interpolate_conv="reference"), groups.device, torch.float32)
 
 
 def build(groups: Groups, ops: Ops, dtype: torch.dtype = torch.float32) -> Stage:
@@ -119,6 +120,20 @@ def test_every_gradient(groups: Groups, ops: Ops, case: Case) -> None:
     own = max(relative_error(plain[name], truth[name]) for name in truth)
     for name, gradient in truth.items():
         hold(name, ours[name], gradient, own)
+
+
+def test_only_positions_with_a_label_pass_the_head(groups: Groups, ops: Ops) -> None:
+    assert ops.linear_cross_entropy is not None
+    given = []
+
+    def watched(*args: Tensor, rows: Tensor, **options: object) -> Tensor:
+        given.append(rows)
+        return ops.linear_cross_entropy(*args, rows=rows, **options)
+
+    batch = batch_of("packed", 24, 0, groups.device)
+    build(groups, Ops(linear_cross_entropy=watched))(batch)
+    assert torch.equal(given[0], (batch.labels != IGNORE).nonzero().squeeze(1))
+    assert len(given[0]) < len(batch.labels)
 
 
 def test_checkpoints_do_not_depend_on_the_choice(groups: Groups, ops: Ops) -> None:

@@ -3,6 +3,7 @@
 Without a GPU they run in Triton's interpreter, so the batches are few and small.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from megavl.parallel.groups import init_groups
 from megavl.training.parity import Comparison, Question, run_layout, run_reference
 from megavl.training.synthetic_batches import global_batch
 
-ALL = KernelsConfig(**dict.fromkeys(KernelsConfig.__dataclass_fields__, "triton"))
+ALL = replace(
+    KernelsConfig(**dict.fromkeys(KernelsConfig.__dataclass_fields__, "triton")), interpolate_conv="reference"
+)
 LOSS = KernelsConfig(linear_cross_entropy="triton")
 VISION = KernelsConfig(adaptor="triton", image_scatter="triton")
 BUCKET_SIZE = 3000

@@ -184,3 +184,14 @@ def test_a_parcel_gives_back_the_step(stores: dict[str, Any]) -> None:
             same = torch.equal(value, found) if isinstance(value, torch.Tensor) else value == found
             assert same, name
             assert not isinstance(value, torch.Tensor) or value.dtype == found.dtype
+
+
+def test_positions_with_a_label_are_listed_on_the_way_to_the_device(stores: dict[str, Any]) -> None:
+    """Behind it, their number would have to be waited for."""
+    batch, _ = build_microbatch([pictures_row(stores, [3, 1, 5])], stores, make_settings(), 60)
+    assert batch.learnt is None
+    moved = batch.to(torch.device("cpu"))
+    assert moved.learnt is not None
+    assert moved.learnt.tolist() == [i for i, label in enumerate(batch.labels.tolist()) if label != IGNORE]
+    assert 0 < len(moved.learnt) < len(batch.labels)
+    assert moved.to(torch.device("cpu")).learnt is moved.learnt

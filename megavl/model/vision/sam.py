@@ -27,6 +27,7 @@ class SamTower(nn.Module):
         super().__init__()
         self.branch_layer = config.global_layers[0]
         self.upsample, self.fused_resize = config.upsample, ops.interpolate
+        self.resizing_conv = ops.interpolate_conv is not None
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.grid, config.grid, config.width))
         self.blocks = nn.ModuleList(
@@ -37,7 +38,8 @@ class SamTower(nn.Module):
         self.neck_hd = make_neck(config)
         middle, last = config.downsample
         self.downsamples = nn.Sequential(
-            Downsample(config.neck, middle, ops.strided_conv), Downsample(middle, last, ops.strided_conv)
+            Downsample(config.neck, middle, ops.strided_conv, resizing=ops.interpolate_conv),
+            Downsample(middle, last, ops.strided_conv),
         )
         # Zero at the start: the tower begins as SAM's main path, and the branch grows as far as it helps.
         self.hd_alpha_downsamples = nn.Parameter(torch.zeros(1))
@@ -64,6 +66,9 @@ class SamTower(nn.Module):
 
     def _to_slots(self, features: Tensor) -> Tensor:
         """[i, c, g, g] after a neck -> [i, c, sqrt(p), sqrt(p)]."""
+        if self.resizing_conv:
+            first, second = self.downsamples
+            return second(first(features, self.upsample))
         if self.fused_resize is not None:
             return self.downsamples(self.fused_resize(features, (self.upsample, self.upsample)))
         return self.downsamples(resize_bilinear(features, self.upsample))
@@ -72,12 +77,23 @@ class SamTower(nn.Module):
 class Downsample(nn.Conv2d):
     """Convolution with stride 2: [i, c, y, x] -> [i, k, y/2, x/2]."""
 
-    def __init__(self, c: int, k: int, fused: Operator | None = None) -> None:
-        super().__init__(c, k, kernel_size=3, stride=2, padding=1, bias=False)
-        self.fused = fused
+    def __init__(self, c: int, k: int, fused: Operator | None = None, resizing: Operator | None = None) -> None:
+        """Build the weight.
 
-    def forward(self, features: Tensor) -> Tensor:
-        """[i, c, y, x] -> [i, k, y/2, x/2]."""
+        Args:
+            c: channels before.
+            k: channels after.
+            fused: `Ops.strided_conv`.
+            resizing: `Ops.interpolate_conv`.
+        """
+        super().__init__(c, k, kernel_size=3, stride=2, padding=1, bias=False)
+        self.fused, self.resizing = fused, resizing
+
+    def forward(self, features: Tensor, side: int | None = None) -> Tensor:
+        """[i, c, y, x] -> [i, k, y/2, x/2]; given `side`, of the map interpolated to that side by `resizing`."""
+        if side is not None:
+            assert self.resizing is not None, "only the fused operator interpolates"
+            return self.resizing(features, self.weight, (side, side))
         return super().forward(features) if self.fused is None else self.fused(features, self.weight)
 
 
