@@ -10,6 +10,7 @@ from typing import Literal
 Modality = Literal["language", "multimodal"]
 AdaptorKind = Literal["hybrid", "mlp_gelu", "shared", "separate", "pool_w", "pool_h"]
 Implementation = Literal["auto", "triton", "reference"]
+VisionPlacement = Literal["replicate", "split_tensor", "split_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +135,10 @@ class ParallelConfig:
     """Decoder layers per stage in pipeline order, such as `8,8,8,6` (pipeline*virtual stages); empty: an even split."""
     sequence: bool = False
     """Sequence parallelism: activations between the tensor-parallel layers are cut along the sequence."""
-    vision: Literal["replicate"] = "replicate"
-    """Who encodes the images: `replicate` = every tensor rank of stage 0 encodes every image (report section 3.3)."""
+    vision: VisionPlacement = "replicate"
+    """Who encodes the images: `replicate` = every tensor rank of stage 0 encodes every image (report section 3.3);
+    `split_tensor` = the tensor ranks of stage 0 share them; `split_model` = what is frozen of the towers runs before the
+    pipeline's schedule on all tensor and pipeline ranks, the rest as in `split_tensor`."""
     distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False

@@ -40,6 +40,7 @@ MODEL = ModelConfig(
 
 _SP = {"tensor": 2, "sequence": True}
 _DISTRIBUTED = {"distributed_optimizer": True}
+_TENSOR = {"vision": "split_tensor"}
 _OVERLAP = {"overlap_grad_reduce": True}
 _OVERLAP_ALL = {**_DISTRIBUTED, **_OVERLAP, "overlap_param_gather": True}
 
@@ -61,6 +62,9 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
         ("pp2dp2", 4, {"pipeline": 2}),
         ("pp2dp2 overlap", 4, {"pipeline": 2, **_OVERLAP}),
         ("pp2dp2 distributed overlap", 4, {"pipeline": 2, **_OVERLAP_ALL}),
+        ("tp2 split_tensor", 2, {"tensor": 2, **_TENSOR}),
+        ("tp2pp2sp split_tensor", 4, {**_SP, "pipeline": 2, **_TENSOR}),
+        ("tp2dp2sp split_tensor distributed overlap", 4, {**_SP, **_TENSOR, **_OVERLAP_ALL}),
         ("pp2vpp2dp2 distributed overlap", 4, {"pipeline": 2, "virtual_pipeline": 2, **_OVERLAP_ALL}),
     ]
 }
