@@ -101,7 +101,8 @@ class FirstStage(MegatronModule):
             return self.encode(batch.pixels, batch.encoded)
         share = self.shared_images.share
         if share.of(batch):
-            features = self.encode(None if self._all_encoded(batch) else batch.pixels_of(share), batch.encoded)
+            pixels = batch.pixels_of(share) if self.towers.needs_pixels(batch.encoded) else None
+            features = self.encode(pixels, batch.encoded)
         else:
             features = self.embedding.weight.new_zeros(0, self.tokens_per_image, self.config.hidden_size)
             if torch.is_grad_enabled():  # the backward pass of `join` is a collective: this rank must take part in it
@@ -111,10 +112,6 @@ class FirstStage(MegatronModule):
     def encode(self, pixels: Tensor | None, encoded: Mapping[str, Tensor] | None = None) -> Tensor:
         """Image features in the decoder's space, [i, p, h], from pixels uint8 [i, 3, S, S] and what is made already."""
         return self.adaptor(*self.towers(None if pixels is None else pixels.float() / 255, encoded))
-
-    def _all_encoded(self, batch: MicroBatch) -> bool:
-        """Whether nothing is left to be made of pixels."""
-        return batch.encoded is not None and "siglip" in batch.encoded
 
     def _without_images(self, embedded: Tensor) -> Tensor:
         """`embedded`, tied to the trainable parameters that this micro-batch does not use."""
@@ -158,7 +155,7 @@ def check_image_counts(batch: MicroBatch, tokens_per_image: int) -> None:
             f"{batch.num_images} images take {expected}"
         )
     loaded, announced = 0 if batch.pixels is None else batch.pixels.shape[0], len(batch.pixel_share.of(batch))
-    if loaded != announced:
+    if loaded != announced and batch.encoded is None:
         raise ValueError(f"samples {batch.sample_ids}: {loaded} images in pixels, {announced} announced")
 
 

@@ -61,7 +61,7 @@ class TensorGroupImages:
 def place_vision(stages: Sequence[Stage], parallel: ParallelConfig, groups: Groups) -> None:
     """Hand the first stage, if it is on this rank, its part of the images."""
     for stage in stages:
-        if stage.first_stage is not None and parallel.vision != "replicate" and parallel.tensor > 1:
+        if stage.first_stage is not None and parallel.vision != "replicate":
             stage.first_stage.shared_images = TensorGroupImages(groups.pg.tp)
 
 

@@ -7,7 +7,7 @@ file may. The low-resolution image is made from the padded high-resolution one, 
 Shapes: i images, S side of the model's image, s side of the low-resolution image, p slots per image.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -64,22 +64,27 @@ class VisionTowers(nn.Module):
             return self.sam(None, (encoded["neck"], encoded["branch"])), low_features
         return self.sam(self._high_input(pixels)), low_features
 
-    def encode_frozen(self, pixels: Tensor) -> dict[str, Tensor]:
-        """The part of `forward` in which no trainable parameter has a part, as the training stage has frozen them.
+    def encode_frozen(self, pixels: Tensor, frozen: Collection[str]) -> dict[str, Tensor]:
+        """The part of `forward` that depends on frozen parameters only.
 
         Args:
             pixels: fp32 in [0, 1], [i, 3, S, S].
+            frozen: frozen parts of the model; `sam` and `siglip` count here.
 
         Returns:
-            `neck` [i, k, g, g] and `branch` [i, g, g, c] of a model with SAM (see `SamTower.trunk`), and `siglip`
-            [i, p, c_low] where SigLIP is frozen.
+            `neck` [i, k, g, g] and `branch` [i, g, g, c] where there is a frozen SAM (see `SamTower.trunk`), and
+            `siglip` [i, p, c_low] where SigLIP is frozen.
         """
         encoded = {}
-        if self.sam is not None:
+        if self.sam is not None and "sam" in frozen:
             encoded["neck"], encoded["branch"] = self.sam.trunk(self._high_input(pixels))
-        if not any(p.requires_grad for p in self.siglip.parameters()):
+        if "siglip" in frozen:
             encoded["siglip"] = self._encode_low(pixels)
         return encoded
+
+    def needs_pixels(self, encoded: Mapping[str, Tensor] | None) -> bool:
+        """Whether `forward` reads pixels beside `encoded`."""
+        return encoded is None or "siglip" not in encoded or (self.sam is not None and "neck" not in encoded)
 
     def _high_input(self, pixels: Tensor | None) -> Tensor:
         assert pixels is not None, "SAM has nothing to encode"
