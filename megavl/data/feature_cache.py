@@ -52,15 +52,16 @@ class FeatureCache:
         except OSError as error:
             raise ValueError(f"parallel.vision_cache {folder} cannot be made: {error}") from error
 
-    def encode(self, pixels: Tensor, compute: Callable[[Tensor], Features]) -> Features:
+    def encode(self, pixels: Tensor, compute: Callable[[Tensor], Features], device: torch.device) -> Features:
         """Features of images, read where they are known.
 
         Args:
             pixels: uint8 [b, 3, S, S] in host memory, b at least 1.
             compute: pixels -> features, for those that are not known.
+            device: where the features are wanted.
 
         Returns:
-            [b, ...] by kind, where `compute` puts them.
+            [b, ...] by kind.
         """
         keys = [self._key(image) for image in pixels]
         known = {row: entry for row, key in enumerate(keys) if (entry := self._read(key)) is not None}
@@ -70,7 +71,6 @@ class FeatureCache:
         for place, row in enumerate(missing):
             known[row] = {kind: features[place] for kind, features in computed.items()}
             self._write(keys[row], known[row])
-        device = next(iter(computed.values())).device if computed else None
         rows = [known[row] for row in range(len(keys))]
         return {kind: torch.stack([row[kind].to(device) for row in rows]) for kind in rows[0]}
 

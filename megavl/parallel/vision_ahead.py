@@ -18,7 +18,6 @@ import hashlib
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -104,10 +103,13 @@ class AheadEncoder:
 
     def _encode(self, pixels: Tensor) -> dict[str, Tensor]:
         """What is frozen, [b, ...] by kind, of pixels uint8 [b, 3, S, S]; b may be 0."""
+        device = self.groups.device
         if not len(pixels):
-            return {k: torch.empty(0, *s, dtype=self.dtype, device=self.groups.device) for k, s in self.shapes.items()}
-        compute = partial(_encode_frozen, self.towers, self.frozen, self.groups.device)
-        return compute(pixels) if self.cache is None else self.cache.encode(pixels, compute)
+            return {k: torch.empty(0, *s, dtype=self.dtype, device=device) for k, s in self.shapes.items()}
+        return self._compute(pixels) if self.cache is None else self.cache.encode(pixels, self._compute, device)
+
+    def _compute(self, pixels: Tensor) -> dict[str, Tensor]:
+        return self.towers.encode_frozen(pixels.to(self.groups.device, non_blocking=True).float() / 255, self.frozen)
 
     def _gather(self, features: dict[str, Tensor], size: int) -> dict[str, Tensor]:
         """Features of the ranks of the pipeline group in turn, [pp * size, ...] by kind, on the first; else nothing."""
@@ -189,9 +191,3 @@ def encoded_shapes(model: ModelConfig, frozen: Collection[str]) -> dict[str, tup
     if "siglip" in frozen:
         shapes["siglip"] = (model.siglip.grid**2, model.siglip.width)
     return shapes
-
-
-def _encode_frozen(
-    towers: VisionTowers, frozen: Collection[str], device: torch.device, pixels: Tensor
-) -> dict[str, Tensor]:
-    return towers.encode_frozen(pixels.to(device, non_blocking=True).float() / 255, frozen)
