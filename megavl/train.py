@@ -185,7 +185,7 @@ def open_reports(
     metrics = Metrics(run_dir, recipe.stage.steps, recipe.logging, step)
     save_recipe(recipe, run_dir / "recipe.json")
     lines = [*start_report.recipe_lines(recipe), start_report.device_line(recipe, groups)]
-    lines += [*start_report.kernel_lines(recipe, groups), *layout]
+    lines += [*start_report.kernel_lines(recipe, groups), *layout, start_report.vision_line(recipe)]
     lines += [*start_report.component_lines(recipe), *start_report.data_lines(recipe, tokenizer)]
     metrics.note("\n".join([*lines, f"starts at step {step} of {recipe.stage.steps} from {origin}"]))
     return metrics
