@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from layouts import LAYOUTS, MODEL, RECOMPUTE, STEP_NAMES, TOLERANCE, compare, save_reference
+from layouts import LAYOUTS, MODEL, RECOMPUTE, STEP_NAMES, TOLERANCE, VISION_LAYOUTS, compare, save_reference
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -53,6 +53,18 @@ def test_layout_equals_one_process(
     world: World, references: dict[int, str], differences: dict[str, list[float]], layout: str, stage: int
 ) -> None:
     ranks, parallel = LAYOUTS[layout]
+    comparison = world.run(compare, stage, parallel, references[stage], ranks=ranks)[0]
+    differences[f"{layout}, stage {stage}"] = [step.worst() for step in comparison.steps]
+    check(comparison)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("layout", VISION_LAYOUTS)
+def test_vision_placement_equals_one_process(
+    world: World, references: dict[int, str], differences: dict[str, list[float]], layout: str, stage: int
+) -> None:
+    """With SigLIP frozen, which then may run ahead, and trained; stage 2 treats the towers as stage 1 does."""
+    ranks, parallel = VISION_LAYOUTS[layout]
     comparison = world.run(compare, stage, parallel, references[stage], ranks=ranks)[0]
     differences[f"{layout}, stage {stage}"] = [step.worst() for step in comparison.steps]
     check(comparison)
@@ -172,7 +184,7 @@ def gather_turned(self: AheadEncoder, features: dict[str, Tensor], size: int) ->
 def test_the_comparison_sees_faults_of_placement(
     world: World, references: dict[int, str], fault: str, layout: str, factor: float | None
 ) -> None:
-    ranks, parallel = LAYOUTS[layout]
+    ranks, parallel = VISION_LAYOUTS[layout]
     comparison = world.run(compare_with, fault, 2, parallel, references[2], ranks=ranks)[0]
     text, image = comparison.steps[0], comparison.steps[STEP_NAMES.index("image")]
     assert text.worst() <= TOLERANCE
