@@ -10,6 +10,7 @@ from typing import Literal
 Modality = Literal["language", "multimodal"]
 AdaptorKind = Literal["hybrid", "mlp_gelu", "shared", "separate", "pool_w", "pool_h"]
 Implementation = Literal["auto", "triton", "reference"]
+VisionPlacement = Literal["replicate", "split_tensor", "split_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +135,18 @@ class ParallelConfig:
     """Decoder layers per stage in pipeline order, such as `8,8,8,6` (pipeline*virtual stages); empty: an even split."""
     sequence: bool = False
     """Sequence parallelism: activations between the tensor-parallel layers are cut along the sequence."""
-    vision: Literal["replicate"] = "replicate"
-    """Who encodes the images: `replicate` = every tensor rank of stage 0 encodes every image (report section 3.3)."""
+    vision: VisionPlacement = "replicate"
+    """Who encodes the images: `replicate` = every tensor rank of stage 0 encodes every image (report section 3.3);
+    `split_tensor` = the tensor ranks of stage 0 share them; `split_model` = what is frozen of the towers runs on all
+    tensor and pipeline ranks before the pipeline's schedule, the rest as in `split_tensor`."""
+    vision_batch: int = 8
+    """Images in one pass of the frozen towers under `split_model`."""
+    vision_ahead_mib: int = 4096
+    """Most MiB of their features that a rank holds under `split_model`; images beyond that are as in `split_tensor`."""
+    vision_cache: str = ""
+    """Folder, best on a local disk, that keeps features of frozen towers under `split_model`; empty: none."""
+    vision_cache_gib: float = 64.0
+    """Most GiB in that folder; what was not used for longest goes first."""
     distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False

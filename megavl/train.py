@@ -29,10 +29,12 @@ from megavl.parallel.gradients import unwrap, wrap_stages
 from megavl.parallel.groups import Groups, destroy_groups, init_groups
 from megavl.parallel.random_state import seed_everything
 from megavl.parallel.validate import check_layout
+from megavl.parallel.vision_ahead import AheadEncoder, make_ahead_encoder
+from megavl.parallel.vision_placement import pixel_share
 from megavl.recipe import parse_command_line, save_recipe
 from megavl.training import start_report
 from megavl.training.flops import peak_flops
-from megavl.training.freeze import apply_freeze
+from megavl.training.freeze import apply_freeze, frozen_components
 from megavl.training.loop import Run, run_steps
 from megavl.training.metrics import Metrics, start_logging
 from megavl.training.optimizer import make_optimizer
@@ -79,7 +81,7 @@ def train(recipe: Recipe, stop: StopRequest) -> None:
         tokenizer,
         dp_rank=groups.data_rank,
         dp_size=groups.data_size,
-        first_stage=groups.is_first_stage,
+        pixels=pixel_share(recipe.parallel, groups),
         last_stage=groups.is_last_stage,
         length_multiple=length_multiple(recipe),
         equal_lengths=groups.pipeline_size > 1,
@@ -96,6 +98,7 @@ def train(recipe: Recipe, stop: StopRequest) -> None:
         metrics=metrics,
         measure=measure,
         stop=stop,
+        encoder=make_encoder(recipe, chunks, groups),
         peak=device_peak(recipe, groups),
     )
     done = run_steps(run, batches, step)
@@ -120,6 +123,19 @@ def build_model(recipe: Recipe, groups: Groups) -> list[DistributedDataParallel]
     )
     apply_freeze(stages, recipe.stage.number)
     return wrap_stages(stages, recipe.parallel, groups)
+
+
+def make_encoder(recipe: Recipe, chunks: Sequence[DistributedDataParallel], groups: Groups) -> AheadEncoder | None:
+    """What runs frozen towers before the schedule, with the weights that the model has by now."""
+    dtype = DTYPES[recipe.stage.dtype]
+    return make_ahead_encoder(
+        unwrap(chunks),
+        recipe.model,
+        recipe.parallel,
+        groups,
+        frozen=frozen_components(recipe.stage.number),
+        ops=make_ops(recipe.kernels, groups.device, dtype),
+    )
 
 
 def make_saver(recipe: Recipe, tokenizer: Tokenizer, groups: Groups) -> CheckpointWriter:
@@ -169,7 +185,7 @@ def open_reports(
     metrics = Metrics(run_dir, recipe.stage.steps, recipe.logging, step)
     save_recipe(recipe, run_dir / "recipe.json")
     lines = [*start_report.recipe_lines(recipe), start_report.device_line(recipe, groups)]
-    lines += [*start_report.kernel_lines(recipe, groups), *layout]
+    lines += [*start_report.kernel_lines(recipe, groups), *layout, start_report.vision_line(recipe)]
     lines += [*start_report.component_lines(recipe), *start_report.data_lines(recipe, tokenizer)]
     metrics.note("\n".join([*lines, f"starts at step {step} of {recipe.stage.steps} from {origin}"]))
     return metrics

@@ -4,7 +4,8 @@ r"""Hold parallel layouts of a recipe's model against one process: loss, every g
     torchrun ... tools/verify_layouts.py RECIPE.py --layouts tp2 --stage.number 3 --parallel.device cpu
 
 A layout is written without spaces: `tp2`, `pp2`, `vpp2` (sizes), `sp` (sequence parallel), `dist` (distributed
-optimizer), `overlap` (gradient reduction), `gather` (parameter gathering); data-parallel is what is left of the ranks.
+optimizer), `overlap` (gradient reduction), `gather` (parameter gathering), `vt` and `vm` (`parallel.vision`
+`split_tensor` and `split_model`); data-parallel is what is left of the ranks.
 Model, training stage and device are the recipe's, everything is computed in fp32, and the batches are made up (text,
 image, images in some micro-batches only, packed), so no data is needed. Rank 0 must be able to hold the whole model
 with its gradients and AdamW state; give smaller sizes with `--model.decoder.layers 4` and the like.
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch.distributed as dist
 
@@ -33,11 +35,13 @@ TOLERANCE = 1e-5
 """Relative, fp32."""
 
 _SIZES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline"}
-_SWITCHES = {
-    "sp": "sequence",
-    "dist": "distributed_optimizer",
-    "overlap": "overlap_grad_reduce",
-    "gather": "overlap_param_gather",
+_SWITCHES: dict[str, dict[str, Any]] = {
+    "sp": {"sequence": True},
+    "dist": {"distributed_optimizer": True},
+    "overlap": {"overlap_grad_reduce": True},
+    "gather": {"overlap_param_gather": True},
+    "vt": {"vision": "split_tensor"},
+    "vm": {"vision": "split_model"},
 }
 
 
@@ -68,11 +72,13 @@ def parse_layout(name: str, base: ParallelConfig) -> ParallelConfig:
     Raises:
         ValueError: a part of the name means nothing.
     """
-    parts = re.findall(r"(tp|pp|vpp)(\d+)|(sp|dist|overlap|gather)", name)
+    parts = re.findall(rf"(tp|pp|vpp)(\d+)|({'|'.join(_SWITCHES)})", name)
     if "".join(f"{size}{number}{switch}" for size, number, switch in parts) != name or not parts:
-        raise ValueError(f"layout {name!r} is not made of tpN, ppN, vppN, sp, dist, overlap, gather")
+        raise ValueError(f"layout {name!r} is not made of tpN, ppN, vppN, {', '.join(_SWITCHES)}")
     sizes = {_SIZES[size]: int(number) for size, number, _ in parts if size}
-    switches = {_SWITCHES[switch]: True for _, _, switch in parts if switch}
+    switches: dict[str, Any] = {}
+    for _, _, switch in parts:
+        switches |= _SWITCHES.get(switch, {})
     return replace(ParallelConfig(device=base.device, timeout_s=base.timeout_s), **sizes, **switches)  # type: ignore[arg-type]
 
 

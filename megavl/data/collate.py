@@ -8,14 +8,14 @@ Shapes: t tokens of the micro-batch, d documents, i images, p positions per imag
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megavl.config import Modality
-from megavl.data.microbatch import IGNORE, MicroBatch
+from megavl.data.microbatch import EVERY_IMAGE, IGNORE, ImageShare, MicroBatch
 from megavl.data.mixture import RowSpec
 from megavl.data.pixels import decode_image, to_pixels
 from megavl.data.rows import Part, SampleStore, reads_as_stream
@@ -39,7 +39,9 @@ class CollateSettings:
     separate_documents: bool
     """Documents of a row are told apart; off: one causal sequence per row."""
     load_pixels: bool
-    """Decode images; off on ranks without towers."""
+    """Decode images; off on ranks that encode none."""
+    pixel_share: ImageShare = EVERY_IMAGE
+    """Which images."""
 
 
 @dataclass
@@ -66,7 +68,11 @@ class _Stream:
 
 
 def build_microbatch(
-    rows: Sequence[RowSpec], stores: Mapping[str, SampleStore], settings: CollateSettings, padded_length: int = 0
+    rows: Sequence[RowSpec],
+    stores: Mapping[str, SampleStore],
+    settings: CollateSettings,
+    padded_length: int = 0,
+    images_before: int = 0,
 ) -> tuple[MicroBatch, list[str]]:
     """Joins rows into one micro-batch.
 
@@ -75,6 +81,7 @@ def build_microbatch(
         stores: opened store of each source, by its name.
         settings: see `CollateSettings`.
         padded_length: t of the result; a last document without labels fills it up. Ignored if the rows are longer.
+        images_before: images in the earlier micro-batches of the step.
 
     Returns:
         The micro-batch, and one sentence per image that could not be decoded: it shows the background colour, and
@@ -83,14 +90,9 @@ def build_microbatch(
     Raises:
         ValueError: placeholders of a sample and its images differ in number.
     """
-    stream, failed = _Stream(), list[str]()
-    pixels: list[torch.Tensor] = []
+    stream = _Stream()
     for row in rows:
-        store = stores[row.source]
-        _append_row(stream, row, store, settings)
-        for part in row.parts if settings.load_pixels and row.num_images else ():
-            where = f"source {row.source}, sample {part.sample}"
-            pixels += _decode(store.images(part.sample), where, settings, failed)
+        _append_row(stream, row, stores[row.source], settings)
     if padded_length > stream.length:
         padding = padded_length - stream.length
         stream.append(_filled(padding, settings.pad_id), _filled(padding, IGNORE), _filled(0, 0))
@@ -98,12 +100,16 @@ def build_microbatch(
     modalities = {row.modality for row in rows}
     microbatch = _tensors(
         stream,
-        pixels=torch.stack(pixels) if pixels else None,  # [i, 3, S, S]
         num_images=sum(row.num_images for row in rows),
         modality=modalities.pop() if len(modalities) == 1 else None,
         sample_ids=tuple((row.source, part.sample) for row in rows for part in row.parts),
+        images_before=images_before,
+        pixel_share=settings.pixel_share,
     )
-    return microbatch, failed
+    if not settings.load_pixels:
+        return microbatch, []
+    pixels, failed = _decode_share(rows, stores, settings, settings.pixel_share.of(microbatch))
+    return replace(microbatch, pixels=torch.stack(pixels) if pixels else None), failed  # [i, 3, S, S]
 
 
 def _append_row(stream: _Stream, row: RowSpec, store: SampleStore, settings: CollateSettings) -> None:
@@ -144,29 +150,43 @@ def _first_token(store: SampleStore, part: Part) -> int:
     return int(store.tokens_slice(part.sample, part.start, part.start + 1)[0])
 
 
-def _decode(images: Sequence[bytes], where: str, settings: CollateSettings, failed: list[str]) -> list[torch.Tensor]:
-    """Pixels of the images of one sample, uint8 [3, S, S] each; adds a sentence to `failed` for each bad one."""
-    decoded = []
-    for number, data in enumerate(images):
-        try:
-            image = decode_image(data, source=f"{where}, image {number}")
-            decoded.append(to_pixels(image, settings.image_size, settings.background))
-        except ValueError as error:
-            failed.append(str(error))
-            colour = torch.tensor(settings.background, dtype=torch.uint8)
-            size = settings.image_size
-            decoded.append(colour[:, None, None].expand(3, size, size))
-    return decoded
+def _decode_share(
+    rows: Sequence[RowSpec], stores: Mapping[str, SampleStore], settings: CollateSettings, wanted: range
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Pixels of the images `wanted` of a micro-batch, uint8 [3, S, S] each, and a sentence for each bad one."""
+    decoded: list[torch.Tensor] = []
+    failed: list[str] = []
+    image = 0
+    for row in rows if wanted else ():
+        for part in row.parts if row.num_images else ():
+            for number, data in enumerate(stores[row.source].images(part.sample)):
+                if image in wanted:
+                    where = f"source {row.source}, sample {part.sample}, image {number}"
+                    decoded.append(_decode(data, where, settings, failed))
+                image += 1
+    return decoded, failed
+
+
+def _decode(data: bytes, where: str, settings: CollateSettings, failed: list[str]) -> torch.Tensor:
+    """Pixels of one image, uint8 [3, S, S]; adds a sentence to `failed` if it is bad."""
+    try:
+        return to_pixels(decode_image(data, source=where), settings.image_size, settings.background)
+    except ValueError as error:
+        failed.append(str(error))
+        colour, size = torch.tensor(settings.background, dtype=torch.uint8), settings.image_size
+        return colour[:, None, None].expand(3, size, size)
 
 
 def _tensors(
     stream: _Stream,
     *,
-    pixels: torch.Tensor | None,
     num_images: int,
     modality: Modality | None,
     sample_ids: tuple[tuple[str, int], ...],
+    images_before: int,
+    pixel_share: ImageShare,
 ) -> MicroBatch:
+    """The micro-batch without its pixels."""
     bounds = np.array(stream.bounds, dtype=np.int64)  # [d+1]
     sizes = np.diff(bounds)  # [d]
     positions = np.arange(stream.length) - np.repeat(bounds[:-1], sizes)  # [t], from 0 in each document
@@ -176,11 +196,13 @@ def _tensors(
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         max_document=int(sizes.max(initial=0)),
-        pixels=pixels,
+        pixels=None,
         image_slots=_joined(stream.slots),
         num_images=num_images,
         modality=modality,
         sample_ids=sample_ids,
+        images_before=images_before,
+        pixel_share=pixel_share,
     )
 
 

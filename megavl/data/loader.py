@@ -1,7 +1,7 @@
 """The batches of one data-parallel rank, read ahead by loader processes.
 
 In: a recipe and this rank's place in the data-parallel group. Out: one `StepBatch` per step. Tensor- and
-pipeline-parallel ranks of one data-parallel rank read the same rows; only those with towers decode images.
+pipeline-parallel ranks of one data-parallel rank read the same rows; each decodes the images that it encodes.
 
 Nothing is drawn at random here and torch's global generator is not touched: the state to resume from is the step.
 """
@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from megavl.config import Recipe, SourceConfig
 from megavl.data.collate import CollateSettings
-from megavl.data.microbatch import StepBatch
+from megavl.data.microbatch import EVERY_IMAGE, ImageShare, StepBatch
 from megavl.data.mixture import RowSpec, StepPlan, row_spec
 from megavl.data.order import order_key
 from megavl.data.parcel import Parcel, wrap
-from megavl.data.rank_batch import RankPlace, build_step, collate_settings, open_stores, rank_place
+from megavl.data.rank_batch import RankPlace, build_step, collate_settings, open_stores, rank_place, rank_rows
 from megavl.data.rows import UNSHUFFLED, SampleStore, make_rows
 from megavl.data.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ def make_loader(
     *,
     dp_rank: int,
     dp_size: int,
-    first_stage: bool,
+    pixels: ImageShare | None,
     last_stage: bool,
     length_multiple: int,
     equal_lengths: bool,
@@ -49,7 +49,7 @@ def make_loader(
         tokenizer: of the run; stores built with another are refused.
         dp_rank: index in the data-parallel group.
         dp_size: size of the data-parallel group.
-        first_stage: this rank has the towers; decode images.
+        pixels: images that this rank encodes and so decodes; None: none.
         last_stage: this rank computes the loss. Labels are small and are read everywhere.
         length_multiple: micro-batches are padded to a multiple of this many tokens.
         equal_lengths: pad all micro-batches of a step to the longest of this rank.
@@ -69,7 +69,7 @@ def make_loader(
     stores = open_stores(sources, recipe, tokenizer)
     plan = StepPlan(recipe.data, recipe.stage, stores, recipe.model.tokens_per_image)
     plan.prepare(start)
-    reader = _StepReader(plan, stores, place, collate_settings(recipe, tokenizer, first_stage))
+    reader = _StepReader(plan, stores, place, collate_settings(recipe, tokenizer, pixels))
     return _read_ahead(
         reader, range(start, recipe.stage.steps if stop is None else stop), recipe.data.workers, pin_memory
     )
@@ -103,10 +103,8 @@ class _StepReader(Dataset[Any]):
 
     def read(self, step: int) -> StepBatch:
         """The step's batch of this rank."""
-        numbers = self._place.row_numbers(self._plan.global_batch)
-        rows = iter(self._plan.rows(step, [r for microbatch in numbers for r in microbatch]))
-        grouped = [[next(rows) for _ in microbatch] for microbatch in numbers]
-        batch, failed = build_step(grouped, self._stores, self._place, self._settings)
+        rows = rank_rows(self._plan, step, self._place)
+        batch, failed = build_step(rows, self._stores, self._place, self._settings)
         return replace(batch, step=step, language_rows=self._plan.language_rows(step), failed=tuple(failed))
 
 
@@ -190,9 +188,8 @@ def validation_batches(
     ]
     # Interleaved pipelines need a multiple of the pipeline size.
     multiple = recipe.parallel.pipeline if recipe.parallel.virtual_pipeline > 1 else 1
-    return ValidationBatches(
-        specs, stores, place, collate_settings(recipe, tokenizer, first_stage), recipe.stage.global_batch, multiple
-    )
+    settings = collate_settings(recipe, tokenizer, EVERY_IMAGE if first_stage else None)
+    return ValidationBatches(specs, stores, place, settings, recipe.stage.global_batch, multiple)
 
 
 class ValidationBatches(Sequence[StepBatch]):

@@ -21,6 +21,24 @@ IGNORE = -100
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageShare:
+    """Every `every`-th image of a step, from image `first` on, counted over the micro-batches of a rank."""
+
+    every: int = 1
+    """Ranks that share the images."""
+    first: int = 0
+    """Place among them."""
+
+    def of(self, batch: "MicroBatch") -> range:
+        """The images of a micro-batch that belong to this share, counted from 0 in the micro-batch."""
+        return range((self.first - batch.images_before) % self.every, batch.num_images, self.every)
+
+
+EVERY_IMAGE = ImageShare()
+"""The share of a rank that encodes alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """One micro-batch of one data-parallel rank."""
 
@@ -35,7 +53,7 @@ class MicroBatch:
     max_document: int
     """Tokens of the longest document."""
     pixels: Tensor | None
-    """Images in reading order, uint8 [i, 3, S, S]; None on ranks without towers and where there is no image."""
+    """Images in reading order, uint8 [i, 3, S, S], or those of `pixel_share`; None where there is none of them."""
     image_slots: Tensor
     """Positions in the stream that image features fill, int64 [i*p], in reading order."""
     num_images: int
@@ -46,6 +64,23 @@ class MicroBatch:
     """(source name, sample index in the source's store) of every sample, in order."""
     learnt: Tensor | None = None
     """Positions that have a label, int64 [k]: rows that the output head computes. None until `to` fills it in."""
+    images_before: int = 0
+    """Images in the earlier micro-batches of the step on this data-parallel rank."""
+    pixel_share: ImageShare = EVERY_IMAGE
+    """The images that `pixels` holds."""
+    encoded: dict[str, Tensor] | None = None
+    """What frozen towers made of this tensor rank's share of the images before the step began, on the device."""
+
+    def pixels_of(self, share: ImageShare) -> Tensor:
+        """Pixels of the images of `share`, a view; not to be called for none.
+
+        Raises:
+            ValueError: they were not loaded on this rank.
+        """
+        wanted, held = share.of(self), self.pixel_share.of(self)
+        if self.pixels is None or share.every % self.pixel_share.every or wanted[0] not in held:
+            raise ValueError(f"samples {self.sample_ids}: images {wanted} are wanted, pixels hold {held}")
+        return self.pixels[held.index(wanted[0]) :: share.every // self.pixel_share.every]
 
     def to(self, device: torch.device) -> "MicroBatch":
         """A copy on `device`; pinned memory is copied without waiting.

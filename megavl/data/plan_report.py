@@ -5,7 +5,7 @@ how full they are, how often it is read through), and how much of the micro-batc
 """
 
 from megavl.data.mixture import StepPlan
-from megavl.data.rank_batch import RankPlace, padded_lengths
+from megavl.data.rank_batch import RankPlace, padded_lengths, rank_rows
 
 SAMPLED_STEPS = 16
 """Steps, spread over the run, from which padding is measured."""
@@ -37,10 +37,7 @@ def padding_share(plan: StepPlan, place: RankPlace) -> float:
     """Padding over all tokens in this rank's micro-batches, from a sample of steps."""
     tokens, padded = 0, 0
     for step in sorted({plan.steps * i // SAMPLED_STEPS for i in range(SAMPLED_STEPS)}):
-        numbers = place.row_numbers(plan.global_batch)
-        rows = plan.rows(step, [r for microbatch in numbers for r in microbatch])
-        size = place.micro_batch
-        microbatches = [rows[i : i + size] for i in range(0, len(rows), size)]
-        tokens += sum(row.length for row in rows)
+        microbatches = rank_rows(plan, step, place)
+        tokens += sum(row.length for rows in microbatches for row in rows)
         padded += sum(padded_lengths(microbatches, place))
     return 1 - tokens / padded if padded else 0.0

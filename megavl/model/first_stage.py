@@ -5,7 +5,8 @@ parallelism), in which text and image positions are alike.
 Shapes: t tokens, i images, p positions per image, h hidden, S side of an image in pixels.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -16,19 +17,32 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavl.config import ModelConfig
-from megavl.data.microbatch import MicroBatch
+from megavl.data.microbatch import ImageShare, MicroBatch
 from megavl.model.vision.adaptor import make_adaptor
 from megavl.model.vision.tower import VisionTowers
 from megavl.ops import PLAIN, Operator, Ops
 
 
+class SharedImages(Protocol):
+    """How tensor ranks divide the images of a micro-batch (`megavl/parallel/vision_placement.py`)."""
+
+    share: ImageShare
+    """What this rank encodes."""
+
+    def join(self, features: Tensor, batch: MicroBatch) -> Tensor:
+        """Features of this rank's share, any number from 0 on -> those of all images [i, p, h] in reading order."""
+
+
 class FirstStage(MegatronModule):
     """Embeds text and images.
 
-    Under `parallel.vision = replicate` each tensor rank encodes every image. The sequence is cut over the tensor group
-    here, once, after the features are placed; the backward pass of that cut gathers, so each rank holds the *full*
-    gradient of towers, adaptor and its part of the embedding, and nothing is to be summed over the tensor group.
+    Each tensor rank encodes every image, or its share of them where `shared_images` was handed in. The sequence is cut
+    over the tensor group here, once, after the features of all images are placed; the backward pass of that cut
+    gathers, so each rank holds the *full* gradient of all features. What that means for the gradients of towers and
+    adaptor is written down in `megavl/parallel/gradients.py`.
     """
+
+    shared_images: SharedImages | None = None
 
     def __init__(
         self,
@@ -72,8 +86,7 @@ class FirstStage(MegatronModule):
         check_image_counts(batch, self.tokens_per_image)
         embedded = self.embedding(batch.tokens)  # [t, h], the same on every tensor rank
         if batch.num_images:
-            assert batch.pixels is not None  # check_image_counts
-            features = self.encode(batch.pixels)
+            features = self.image_features(batch)
             embedded = place_image_features(embedded, features, batch.image_slots, self.fused_scatter)
         elif torch.is_grad_enabled():
             embedded = self._without_images(embedded)
@@ -82,9 +95,23 @@ class FirstStage(MegatronModule):
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.tp_group)  # [t/tp, 1, h]
         return hidden
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Image features in the decoder's space, [i, p, h], from pixels uint8 [i, 3, S, S]."""
-        return self.adaptor(*self.towers(pixels.float() / 255))
+    def image_features(self, batch: MicroBatch) -> Tensor:
+        """Features of all images in the decoder's space, [i, p, h]; every tensor rank calls it or none."""
+        if self.shared_images is None:
+            return self.encode(batch.pixels, batch.encoded)
+        share = self.shared_images.share
+        if share.of(batch):
+            pixels = batch.pixels_of(share) if self.towers.needs_pixels(batch.encoded) else None
+            features = self.encode(pixels, batch.encoded)
+        else:
+            features = self.embedding.weight.new_zeros(0, self.tokens_per_image, self.config.hidden_size)
+            if torch.is_grad_enabled():  # the backward pass of `join` is a collective: this rank must take part in it
+                features = self._without_images(features)
+        return self.shared_images.join(features, batch)
+
+    def encode(self, pixels: Tensor | None, encoded: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Image features in the decoder's space, [i, p, h], from pixels uint8 [i, 3, S, S] and what is made already."""
+        return self.adaptor(*self.towers(None if pixels is None else pixels.float() / 255, encoded))
 
     def _without_images(self, embedded: Tensor) -> Tensor:
         """`embedded`, tied to the trainable parameters that this micro-batch does not use."""
@@ -127,9 +154,9 @@ def check_image_counts(batch: MicroBatch, tokens_per_image: int) -> None:
             f"samples {batch.sample_ids}: {batch.image_slots.numel()} image positions in the text, but "
             f"{batch.num_images} images take {expected}"
         )
-    encoded = 0 if batch.pixels is None else batch.pixels.shape[0]
-    if encoded != batch.num_images:
-        raise ValueError(f"samples {batch.sample_ids}: {encoded} images in pixels, {batch.num_images} announced")
+    loaded, announced = 0 if batch.pixels is None else batch.pixels.shape[0], len(batch.pixel_share.of(batch))
+    if loaded != announced and batch.encoded is None:
+        raise ValueError(f"samples {batch.sample_ids}: {loaded} images in pixels, {announced} announced")
 
 
 class _ZeroGradients(torch.autograd.Function):

@@ -6,10 +6,13 @@ The rules, each written here once:
 
 - **Data-parallel copies**: summed, in the wrapper's buffers; `finalize_model_grads` then divides by the supervised
   tokens of the global batch (no mean of means).
-- **Towers and adaptor over the tensor group** (`parallel.vision = replicate`): every tensor rank encodes every image,
-  and the sequence-parallel cut behind them gathers in its backward pass, so each rank has the *full* gradient already.
-  It is averaged, which changes no value and keeps copies from drifting. Marking such a parameter `sequence_parallel`
-  would sum it (tensor-size times too large); marking it `tensor_model_parallel` would count it twice in the norm.
+- **Towers and adaptor over the tensor group**: averaged, under every `parallel.vision`. With `replicate` every tensor
+  rank encodes every image, and the sequence-parallel cut behind them gathers in its backward pass, so each rank has the
+  *full* gradient already: the average changes no value and keeps copies from drifting. With `split_tensor` and
+  `split_model` each rank has the gradient of its images only, tensor-size times too large (the gather of features sums
+  equal full gradients in its backward pass): the average is the sum of the parts. Marking such a parameter
+  `sequence_parallel` would sum it (tensor-size times too large); marking it `tensor_model_parallel` would count it
+  twice in the norm.
 - **Norms of the decoder over the tensor group**: under sequence parallelism each rank saw a part of the tokens: summed
   (the mark `sequence_parallel`, set by `model/norm.py`). Without it they are full and equal.
 
@@ -27,15 +30,18 @@ from torch import Tensor
 from megavl.config import ParallelConfig
 from megavl.model.stage import Stage
 from megavl.parallel.groups import Groups
+from megavl.parallel.vision_placement import place_vision
 
 REPLICATED_COMPONENTS = ("sam", "sam_adaptor", "siglip", "aligner")
-"""Parts of which every tensor rank of the first stage holds and computes a whole copy."""
+"""Parts of which every tensor rank of the first stage holds a whole copy."""
 
 
 def wrap_stages(
     stages: Sequence[Stage], parallel: ParallelConfig, groups: Groups, *, bucket_size: int | None = None
 ) -> list[DistributedDataParallel]:
     """Wrap this rank's stages for data parallelism and tell megatron-core's schedules how to use the wrappers.
+
+    The first stage is told which images are its own, as that decides what its gradients are.
 
     Args:
         stages: one per virtual chunk, frozen as the training stage asks.
@@ -54,6 +60,7 @@ def wrap_stages(
         align_param_gather=parallel.overlap_param_gather,  # gathers start in `start_parameter_gather`, not in hooks
         bucket_size=bucket_size,
     )
+    place_vision(stages, parallel, groups)
     chunks = []
     for index, stage in enumerate(stages):
         _mark_replicated(stage)

@@ -26,6 +26,7 @@ def check_layout(recipe: Recipe, world_size: int) -> list[str]:
     return [
         *_check_model(recipe.model, parallel),
         *_check_switches(parallel),
+        *_check_vision(parallel),
         *_check_batch(recipe.stage, parallel, world_size),
     ]
 
@@ -72,6 +73,23 @@ def _check_switches(parallel: ParallelConfig) -> list[str]:
                 problems.append(f"parallel.overlap_param_gather needs parallel.{name}, which is off")
     if parallel.timeout_s < 1:
         problems.append(f"parallel.timeout_s {parallel.timeout_s} is below 1")
+    return problems
+
+
+def _check_vision(parallel: ParallelConfig) -> list[str]:
+    """Settings of `parallel.vision`."""
+    problems = []
+    if parallel.vision_batch < 1:
+        problems.append(f"parallel.vision_batch {parallel.vision_batch} is below 1")
+    if parallel.vision_ahead_mib < 0:
+        problems.append(f"parallel.vision_ahead_mib {parallel.vision_ahead_mib} is below 0")
+    if parallel.vision_cache and parallel.vision != "split_model":
+        problems.append(
+            f"parallel.vision_cache {parallel.vision_cache} keeps what runs ahead under parallel.vision split_model, "
+            f"but parallel.vision is {parallel.vision}"
+        )
+    if parallel.vision_cache_gib <= 0:
+        problems.append(f"parallel.vision_cache_gib {parallel.vision_cache_gib} is not above 0")
     return problems
 
 

@@ -27,6 +27,11 @@ TRAINED: dict[int, dict[str, bool]] = {
 """Training stage -> part of the model -> whether it is trained."""
 
 
+def frozen_components(number: int) -> tuple[str, ...]:
+    """The parts of the model that a training stage, 0 to 3, leaves as they are."""
+    return tuple(name for name, trained in TRAINED[number].items() if not trained)
+
+
 def apply_freeze(stages: Iterable[Stage], number: int) -> dict[str, int]:
     """Set `requires_grad` of every parameter of this rank.
 

@@ -18,10 +18,11 @@ from megavl.config import Modality, Recipe
 from megavl.data.microbatch import StepBatch
 from megavl.ops import choose
 from megavl.parallel.groups import Groups
+from megavl.parallel.vision_ahead import AheadEncoder
 from megavl.training.flops import StepCounts, step_flops
 from megavl.training.freeze import TRAINED
 from megavl.training.metrics import Metrics, StepRecord
-from megavl.training.rank_report import StepTotals, exchange, report
+from megavl.training.rank_report import StepTotals, exchange, own_failures, report
 from megavl.training.schedule import learning_rate
 from megavl.training.step import StepResult, train_step
 from megavl.training.stopping import RunStoppedError, StopRequest
@@ -47,6 +48,8 @@ class Run:
     """Held-out loss, ppl and tokens by source; None without validation sources."""
     stop: StopRequest
     """Signals to this process."""
+    encoder: AheadEncoder | None
+    """Runs frozen towers before the schedule, where the placement says so."""
     peak: float | None
     """Peak operations per second of a device, where known."""
 
@@ -102,7 +105,7 @@ def _one_step(run: Run, batches: Iterator[StepBatch], step: int, guard: "_Guard"
     optim, steps = recipe.optim, recipe.stage.steps
     lr = learning_rate(optim, steps, step)
     vision_lr = None if optim.vision_lr is None else learning_rate(optim, steps, step, optim.vision_lr)
-    result = train_step(run.chunks, run.optimizer, batch, run.groups, lr=lr, vision_lr=vision_lr)
+    result = train_step(run.chunks, run.optimizer, batch, run.groups, lr=lr, vision_lr=vision_lr, encoder=run.encoder)
     mine = report(batch, run.groups, stop=bool(run.stop.signal), save=save and run.groups.rank == 0, data_wait_s=waited)
     totals = exchange(mine, run.groups)
     if totals.failed:
@@ -201,7 +204,7 @@ def _modality(batch: StepBatch, recipe: Recipe) -> Modality | None:
 
 def _tell_failed(run: Run, batch: StepBatch) -> None:
     """Name the samples of this step that could not be decoded, on the rank that writes the log."""
-    mine = batch.failed if run.groups.tensor_rank == 0 and run.groups.is_first_stage else ()
+    mine = own_failures(batch, run.groups)
     everyone: list[Any] = [None] * run.groups.world_size
     dist.all_gather_object(everyone, mine, group=run.groups.gloo_world)
     if run.metrics is not None:

@@ -33,7 +33,8 @@ from megavl.ops import PLAIN, Ops
 from megavl.parallel.gradients import replicas_differ, synchronise_parameters, wrap_stages
 from megavl.parallel.groups import Groups
 from megavl.parallel.random_state import seed_everything
-from megavl.training.freeze import apply_freeze
+from megavl.parallel.vision_ahead import make_ahead_encoder
+from megavl.training.freeze import apply_freeze, frozen_components
 from megavl.training.optimizer import make_optimizer
 from megavl.training.step import train_step
 from megavl.training.synthetic_batches import share
@@ -146,12 +147,16 @@ def run_layout(
     stages = _build(question, parallel, groups, ops)
     chunks = wrap_stages(stages, parallel, groups, bucket_size=bucket_size)
     optimizer = make_optimizer(chunks, question.optim, parallel, groups)
+    frozen = frozen_components(question.stage)
+    encoder = make_ahead_encoder(stages, question.model, parallel, groups, frozen=frozen, ops=ops)
     gradients = _record_gradients(stages)
     differences = []
     for step, (batch, expected) in enumerate(zip(question.batches, reference, strict=True)):
         mine = StepBatch(step=step, language_rows=0, micro_batches=share(batch, groups.data_rank, groups.data_size))
         lr, vision_lr = question.optim.lr, question.optim.vision_lr
-        result = train_step(chunks, optimizer, mine, groups, lr=lr, vision_lr=vision_lr, force_all_reduce=True)
+        result = train_step(
+            chunks, optimizer, mine, groups, lr=lr, vision_lr=vision_lr, encoder=encoder, force_all_reduce=True
+        )
         # Collecting parameters early would hide what overlapped gathering does; there the last step's are compared, and
         # the gradients of each step show whether it started from the right ones.
         parameters: dict[str, Tensor] = {}

@@ -3,7 +3,8 @@
 In: this rank's wishes and counts. Out: the same `StepTotals` on every rank, so that all of them stop, save or go on
 together.
 
-Under tensor and pipeline parallelism several ranks read the same rows; one rank of each data-parallel copy counts.
+Under tensor and pipeline parallelism several ranks read the same rows; one rank of each data-parallel copy counts
+them. Images that could not be decoded are counted by the ranks that tried.
 """
 
 from dataclasses import dataclass, fields
@@ -28,7 +29,7 @@ class RankReport:
     counts: float
     """1 if the following count, 0 if another rank of the same data-parallel copy reports them."""
     failed: float
-    """Samples of this step that could not be decoded."""
+    """Images of this step that this rank answers for (`own_failures`) and that could not be decoded."""
     images: float
     """Images of this step."""
     tokens: float
@@ -65,11 +66,20 @@ def report(batch: StepBatch, groups: Groups, *, stop: bool, save: bool, data_wai
         save=float(save),
         data_wait_s=data_wait_s,
         counts=float(groups.tensor_rank == 0 and groups.pipeline_rank == 0),
-        failed=float(len(batch.failed)),
+        failed=float(len(own_failures(batch, groups))),
         images=float(sum(m.num_images for m in batch.micro_batches)),
         tokens=float(sum(int(of.sum()) for of in lengths)),
         squared_lengths=float(sum(int((of * of).sum()) for of in lengths)),
     )
+
+
+def own_failures(batch: StepBatch, groups: Groups) -> tuple[str, ...]:
+    """Sentences about images that could not be decoded, each on one rank of a data-parallel copy.
+
+    The first stage's tensor ranks decode every image together: each its share, or each all of them.
+    """
+    shared = any(m.pixel_share.every > 1 for m in batch.micro_batches)
+    return batch.failed if groups.is_first_stage and (shared or groups.tensor_rank == 0) else ()
 
 
 def document_lengths(batch: MicroBatch) -> torch.Tensor:
@@ -93,7 +103,7 @@ def exchange(mine: RankReport, groups: Groups) -> StepTotals:
         stop=any(rank.stop for rank in everyone),
         save=any(rank.save for rank in everyone),
         data_wait_s=max(rank.data_wait_s for rank in everyone),
-        failed=int(sum(rank.failed for rank in counting)),
+        failed=int(sum(rank.failed for rank in everyone)),
         images_spread=int(max(images) - min(images)),
         tokens=int(sum(rank.tokens for rank in counting)),
         squared_lengths=int(sum(rank.squared_lengths for rank in counting)),

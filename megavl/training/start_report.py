@@ -21,7 +21,7 @@ from megavl.model.stage import Stage
 from megavl.ops import operator_lines
 from megavl.parallel.groups import Groups
 from megavl.parallel.stage_plan import StagePlace, stage_plan
-from megavl.training.freeze import TRAINED
+from megavl.training.freeze import TRAINED, frozen_components
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
@@ -95,6 +95,23 @@ def _holds(place: StagePlace) -> str:
     layers = f"layers {first} to {last}" if last > first else f"layer {first}"
     before = "towers + adaptor + embedding + " if place.first else ""
     return f"{before}{layers}{' + norm + head + loss' if place.last else ''}"
+
+
+def vision_line(recipe: Recipe) -> str:
+    """Who encodes the images."""
+    parallel, vision = recipe.parallel, recipe.parallel.vision
+    if vision == "replicate":
+        return f"vision replicate: {parallel.tensor} tensor rank(s) of the first stage encode every image each"
+    line = f"vision {vision}: {parallel.tensor} tensor rank(s) of the first stage share the images"
+    frozen = frozen_components(recipe.stage.number)
+    ahead = {n: c for n, c in count_parameters(recipe.model).items() if c and n in frozen and n in ("sam", "siglip")}
+    if vision == "split_tensor" or not ahead:
+        return line
+    cache = f", features kept in {parallel.vision_cache}" if parallel.vision_cache else ""
+    return (
+        f"{line}; {' and '.join(ahead)} ({sum(ahead.values()):,} parameters) run ahead of the schedule on all "
+        f"{parallel.tensor * parallel.pipeline} ranks of a copy{cache}"
+    )
 
 
 def component_lines(recipe: Recipe) -> list[str]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from megavl.data.microbatch import IGNORE, MicroBatch, StepBatch
 from megavl.parallel.gradients import finish_parameter_gather, start_parameter_gather, zero_gradients
 from megavl.parallel.groups import Groups
+from megavl.parallel.vision_ahead import AheadEncoder
 from megavl.training.optimizer import set_learning_rate, update
 
 _MODALITIES = ("language", "multimodal")
@@ -62,6 +63,7 @@ def train_step(
     *,
     lr: float,
     vision_lr: float | None = None,
+    encoder: AheadEncoder | None = None,
     force_all_reduce: bool = False,
 ) -> StepResult:
     """Run one step; all ranks must call it.
@@ -75,6 +77,7 @@ def train_step(
         groups: this rank's groups.
         lr: learning rate of this update.
         vision_lr: learning rate of SigLIP; None: `lr`.
+        encoder: what runs frozen towers before the schedule, from `make_ahead_encoder`.
         force_all_reduce: leave the whole gradient on every data-parallel rank, also with the distributed optimizer
             (for tests that read gradients).
 
@@ -85,7 +88,8 @@ def train_step(
     start_parameter_gather(chunks)
     for chunk in chunks:
         chunk.force_all_reduce = force_all_reduce
-    reports = _run(chunks, batch.micro_batches, groups, _training_loss, force_all_reduce=force_all_reduce)
+    micro_batches = batch.micro_batches if encoder is None else encoder(batch.micro_batches)
+    reports = _run(chunks, micro_batches, groups, _training_loss, force_all_reduce=force_all_reduce)
     finish_parameter_gather(chunks)
     totals = _sum_over_ranks(reports, batch.micro_batches, groups)
     loss = totals["loss"] / totals["labels"] if totals["labels"] else math.nan
@@ -109,7 +113,8 @@ def forward_only(
 ) -> list[Tensor]:
     """Token losses without gradients, for evaluation.
 
-    All ranks of a pipeline must call it with the same micro-batches. Under `overlap_param_gather` all data-parallel
+    All ranks of a pipeline must call it with the same micro-batches. Images are encoded in the schedule, by the first
+    stage, also under `parallel.vision = split_model`. Under `overlap_param_gather` all data-parallel
     ranks must call it, or none; `synchronise_parameters` before lifts that.
 
     Args:

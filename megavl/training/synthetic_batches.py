@@ -6,6 +6,8 @@ Shapes: t tokens of a micro-batch, p positions per image.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -35,8 +37,10 @@ def global_batch(
 
 
 def share(batch: Sequence[MicroBatch], data_rank: int, data_size: int) -> tuple[MicroBatch, ...]:
-    """The micro-batches of one data-parallel rank, dealt round-robin as the loader does."""
-    return tuple(batch[data_rank::data_size])
+    """The micro-batches of one data-parallel rank, dealt round-robin."""
+    own = batch[data_rank::data_size]
+    before = accumulate((b.num_images for b in own), initial=0)
+    return tuple(replace(b, images_before=images) for b, images in zip(own, before, strict=False))
 
 
 def _micro_batch(model: ModelConfig, case: Case, index: int, tokens: int, seed: int) -> MicroBatch:

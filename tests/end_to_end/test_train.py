@@ -14,7 +14,10 @@ from megavl.recipe import load_recipe, load_recipe_json
 from megavl.train import main
 
 STEPS = 24
-PIPELINE = ("--parallel.pipeline", "2", "--stage.steps", str(STEPS), "--data.language_warmup", "0.5")
+PIPELINE = (
+    *("--parallel.pipeline", "2", "--parallel.vision", "split_model"),
+    *("--stage.steps", str(STEPS), "--data.language_warmup", "0.5"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +127,11 @@ def test_one_rank_fails(lonely: "subprocess.Popen[str]") -> None:
 
 @pytest.mark.usefixtures("in_process")
 def test_resume_under_another_layout(recipe: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
-    """From the two-process checkpoint of step 16 to the end on one process: the same losses, the same samples."""
+    """From the two-process checkpoint of step 16 to the end on one process that encodes all images itself."""
     folder = tmp_path / "moved"
     shutil.copytree(whole[0], folder)
     shutil.rmtree(folder / "checkpoints" / "step_00000024")
-    options = (*PIPELINE[2:], "--data.workers", "0", "--run_dir", str(folder))
+    options = (*PIPELINE[4:], "--data.workers", "0", "--run_dir", str(folder))
     assert main([str(recipe), *options]) == 0
     for moved, steady in zip(lines(folder), lines(whole[0]), strict=True):
         assert moved["loss"] == pytest.approx(steady["loss"], rel=1e-5)

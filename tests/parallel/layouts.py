@@ -40,6 +40,9 @@ MODEL = ModelConfig(
 
 _SP = {"tensor": 2, "sequence": True}
 _DISTRIBUTED = {"distributed_optimizer": True}
+_INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
+_TENSOR = {"vision": "split_tensor"}
+_MODEL = {"vision": "split_model", "vision_batch": 2}
 _OVERLAP = {"overlap_grad_reduce": True}
 _OVERLAP_ALL = {**_DISTRIBUTED, **_OVERLAP, "overlap_param_gather": True}
 
@@ -62,10 +65,23 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
         ("pp2dp2", 4, {"pipeline": 2}),
         ("pp2dp2 overlap", 4, {"pipeline": 2, **_OVERLAP}),
         ("pp2dp2 distributed overlap", 4, {"pipeline": 2, **_OVERLAP_ALL}),
-        ("pp2vpp2dp2 distributed overlap", 4, {"pipeline": 2, "virtual_pipeline": 2, **_OVERLAP_ALL}),
+        ("pp2vpp2dp2 distributed overlap", 4, {**_INTERLEAVED, **_OVERLAP_ALL}),
     ]
 }
 """Name -> ranks and layout."""
+
+VISION_LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
+    name: (ranks, ParallelConfig(device="cpu", **fields))
+    for name, ranks, fields in [
+        ("tp2 split_tensor", 2, {"tensor": 2, **_TENSOR}),
+        ("tp2 split_model", 2, {"tensor": 2, **_MODEL}),
+        ("pp2 split_model", 2, {"pipeline": 2, **_MODEL}),
+        ("tp2pp2sp split_model", 4, {**_SP, "pipeline": 2, **_MODEL}),
+        ("tp2dp2sp split_tensor distributed overlap", 4, {**_SP, **_TENSOR, **_OVERLAP_ALL}),
+        ("pp2vpp2dp2 split_model distributed overlap", 4, {**_INTERLEAVED, **_MODEL, **_OVERLAP_ALL}),
+    ]
+}
+"""The same for placements of vision other than `replicate`."""
 
 RECOMPUTE: dict[str, tuple[int, ParallelConfig]] = {
     name: (ranks, ParallelConfig(device="cpu", **fields))

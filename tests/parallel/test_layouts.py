@@ -5,15 +5,24 @@ that buckets of overlapped reduction and Adam's moments carry over; `megavl/trai
 is.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from layouts import LAYOUTS, MODEL, RECOMPUTE, STEP_NAMES, TOLERANCE, compare, save_reference
+from layouts import LAYOUTS, MODEL, RECOMPUTE, STEP_NAMES, TOLERANCE, VISION_LAYOUTS, compare, save_reference
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+from torch.distributed import ProcessGroup
 from world import World, WorldError
 
 from megavl.config import ParallelConfig
+from megavl.data.microbatch import MicroBatch
 from megavl.model import first_stage
-from megavl.parallel import gradients
+from megavl.model.stage import Stage
+from megavl.parallel import gradients, vision_placement
+from megavl.parallel.vision_ahead import AheadEncoder
+from megavl.parallel.vision_placement import TensorGroupImages
 from megavl.training.freeze import TRAINED
 from megavl.training.parity import Comparison
 
@@ -49,6 +58,18 @@ def test_layout_equals_one_process(
     check(comparison)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("layout", VISION_LAYOUTS)
+def test_vision_placement_equals_one_process(
+    world: World, references: dict[int, str], differences: dict[str, list[float]], layout: str, stage: int
+) -> None:
+    """With SigLIP frozen, which then may run ahead, and trained; stage 2 treats the towers as stage 1 does."""
+    ranks, parallel = VISION_LAYOUTS[layout]
+    comparison = world.run(compare, stage, parallel, references[stage], ranks=ranks)[0]
+    differences[f"{layout}, stage {stage}"] = [step.worst() for step in comparison.steps]
+    check(comparison)
+
+
 @pytest.mark.parametrize("layout", ["tp2pp2sp", "dp2 overlap"])
 def test_language_pretraining_leaves_the_towers_alone(world: World, references: dict[int, str], layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
@@ -64,15 +85,15 @@ def test_recomputing_activations_changes_nothing(
     differences[f"{layout}, stage 3"] = check(comparison)
 
 
-def compare_with_summed_towers(stage: int, parallel: ParallelConfig, path: str) -> Comparison:
+def mark_summed(module: Stage) -> None:
     """A planted fault: tower gradients are summed over the tensor group instead of averaged."""
+    for name, parameter in module.named_parameters():
+        if module.component_of(name) in gradients.REPLICATED_COMPONENTS:
+            parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
-    def mark(module):
-        for name, parameter in module.named_parameters():
-            if module.component_of(name) in gradients.REPLICATED_COMPONENTS:
-                parameter.sequence_parallel = True
 
-    return _with(gradients, "_mark_replicated", mark, stage, parallel, path)
+def compare_with_summed_towers(stage: int, parallel: ParallelConfig, path: str) -> Comparison:
+    return _with(gradients, "_mark_replicated", mark_summed, stage, parallel, path)
 
 
 def compare_without_zero_gradients(stage: int, parallel: ParallelConfig, path: str) -> Comparison:
@@ -81,10 +102,17 @@ def compare_without_zero_gradients(stage: int, parallel: ParallelConfig, path: s
 
 
 def _with(owner: object, name: str, fault: object, stage: int, parallel: ParallelConfig, path: str) -> Comparison:
+    with patched(owner, name, fault):
+        return compare(stage, parallel, path)
+
+
+@contextmanager
+def patched(owner: object, name: str, fault: object) -> Iterator[None]:
+    """While open, `owner.name` is `fault`."""
     sound = getattr(owner, name)
     setattr(owner, name, fault)
     try:
-        return compare(stage, parallel, path)
+        yield
     finally:
         setattr(owner, name, sound)
 
@@ -100,6 +128,73 @@ def test_the_comparison_sees_gradients_that_are_a_group_size_too_large(
     assert any(name.startswith("first_stage.adaptor") for name in doubled)
     assert not any(name.startswith(("decoder", "last_stage")) for name in doubled)
     assert MODEL.sam is not None
+
+
+def leave_unmarked(stage: Stage) -> None:
+    """A planted fault: nobody sums the gradients of a rank's images over the tensor group."""
+
+
+def join_without_sum(self: TensorGroupImages, features: Tensor, batch: MicroBatch) -> Tensor:
+    """A planted fault: the backward pass cuts the gradient of the features without summing equal copies."""
+    with patched(vision_placement, "gather_from_sequence_parallel_region", gather_cutting_backward):
+        return SOUND_JOIN(self, features, batch)
+
+
+def gather_cutting_backward(features: Tensor, group: ProcessGroup) -> Tensor:
+    return gather_from_sequence_parallel_region(features, tensor_parallel_output_grad=False, group=group)
+
+
+def join_without_last_share(self: TensorGroupImages, features: Tensor, batch: MicroBatch) -> Tensor:
+    """A planted fault: the features of the last tensor rank are lost."""
+    return SOUND_JOIN(self, features * (self.share.first < self.share.every - 1), batch)
+
+
+SOUND_JOIN = TensorGroupImages.join
+
+
+def compare_with(fault: str, stage: int, parallel: ParallelConfig, path: str) -> Comparison:
+    owner, name, fault_function = {
+        "unmarked": (gradients, "_mark_replicated", leave_unmarked),
+        "no sum": (TensorGroupImages, "join", join_without_sum),
+        "lost share": (TensorGroupImages, "join", join_without_last_share),
+        "doubled": (gradients, "_mark_replicated", mark_summed),
+        "turned": (AheadEncoder, "_gather", gather_turned),
+    }[fault]
+    return _with(owner, name, fault_function, stage, parallel, path)
+
+
+SOUND_GATHER = AheadEncoder._gather
+
+
+def gather_turned(self: AheadEncoder, features: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """A planted fault: features that ran ahead come to the wrong images."""
+    return {kind: of_all.flip(0) for kind, of_all in SOUND_GATHER(self, features, size).items()}
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout", "factor"),
+    [
+        ("unmarked", "tp2 split_tensor", None),
+        ("no sum", "tp2 split_tensor", 0.5),
+        ("doubled", "tp2pp2sp split_model", 2.0),
+        ("lost share", "tp2 split_model", None),
+        ("turned", "pp2 split_model", None),
+    ],
+)
+def test_the_comparison_sees_faults_of_placement(
+    world: World, references: dict[int, str], fault: str, layout: str, factor: float | None
+) -> None:
+    ranks, parallel = VISION_LAYOUTS[layout]
+    comparison = world.run(compare_with, fault, 2, parallel, references[2], ranks=ranks)[0]
+    text, image = comparison.steps[0], comparison.steps[STEP_NAMES.index("image")]
+    assert text.worst() <= TOLERANCE
+    wrong = {n: d for n, d in image.gradients.items() if n.startswith("first_stage.") and "embedding" not in n}
+    if factor is not None:  # a clean factor names the group
+        assert wrong["first_stage.adaptor.layers.1.weight"] == pytest.approx(abs(factor - 1), abs=0.01)
+        assert not any(d > TOLERANCE for n, d in image.gradients.items() if n not in wrong)
+    assert max(wrong.values()) > 0.02
+    assert (image.loss > 1e-4) == (fault in ("lost share", "turned"))
+    assert bool(comparison.drifted) == (fault == "unmarked")
 
 
 def test_overlapped_reduction_needs_the_zero_gradients(world: World, references: dict[int, str]) -> None:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import megavl.data.collate
 import megavl.data.rank_batch
 from megavl.config import ParallelConfig, Recipe, SourceConfig
 from megavl.data.loader import make_loader, validation_batches
-from megavl.data.microbatch import IGNORE, StepBatch
+from megavl.data.microbatch import EVERY_IMAGE, IGNORE, ImageShare, StepBatch
 from megavl.data.store import Store
 
 COUNT = 60
@@ -43,13 +44,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SourceConfig]
 
 
 def load(recipe: Recipe, rank: int = 0, size: int = 1, **fields: Any) -> list[StepBatch]:
-    places: dict[str, Any] = {"first_stage": True, "length_multiple": 1, "equal_lengths": False, "start": 0}
+    places: dict[str, Any] = {"pixels": EVERY_IMAGE, "length_multiple": 1, "equal_lengths": False, "start": 0}
     return list(make_loader(recipe, TOKENIZER, dp_rank=rank, dp_size=size, last_stage=True, **{**places, **fields}))
 
 
-def rows_of(batches: list[StepBatch], micro_batch: int) -> list[list[tuple[str, int]]]:
-    """Sample ids of one step in the order of the global batch, from the batches of all its ranks."""
-    return [list(m.sample_ids) for together in zip(*(b.micro_batches for b in batches), strict=True) for m in together]
+def samples_of(batches: list[StepBatch]) -> list[tuple[str, int]]:
+    """Sample ids, sorted: who computes which of a step's depends on the data-parallel size."""
+    return sorted(i for b in batches for m in b.micro_batches for i in m.sample_ids)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -66,14 +67,14 @@ def test_the_same_samples_at_any_data_parallel_size_and_worker_count(
         steps=6,
     )
     reference = load(recipe)
-    whole = [rows_of([batch], 2) for batch in reference]
+    whole = [samples_of([batch]) for batch in reference]
     assert len(whole) == 6
     for size, workers in ((1, 2), (2, 0), (4, 0)):
         with_workers = replace(recipe, data=replace(recipe.data, workers=workers))
         ranks = [load(with_workers, rank, size) for rank in range(size)]
         for step in range(6):
             batches = [r[step] for r in ranks]
-            assert rows_of(batches, 2) == whole[step]
+            assert samples_of(batches) == whole[step]
             assert {b.language_rows for b in batches} == {reference[step].language_rows}
             assert {b.step for b in batches} == {step}
     if grouping != "none":
@@ -87,16 +88,16 @@ def test_an_epoch_is_read_once_across_resumes_that_change_the_data_parallel_size
     sources: dict[str, SourceConfig], packing: bool
 ) -> None:
     recipe = make_recipe((sources["pictures"],), packing=packing, seq_length=80, global_batch=4, steps=40)
-    read: list[tuple[str, int]] = []
+    read = Counter({("pictures", sample): 0 for sample in range(COUNT)})
     for size, start, stop in ((2, 0, 2), (1, 2, 5), (4, 5, 40)):
-        ranks = [load(recipe, rank, size, start=start, stop=stop, first_stage=False) for rank in range(size)]
+        ranks = [load(recipe, rank, size, start=start, stop=stop, pixels=None) for rank in range(size)]
         for batches in zip(*ranks, strict=True):
             assert len({b.step for b in batches}) == 1
-            read += [i for microbatch in rows_of(list(batches), 1) for i in microbatch]
-    assert sorted(read[:COUNT]) == [("pictures", s) for s in range(COUNT)]
-    assert sorted(read[COUNT : 2 * COUNT]) == [("pictures", s) for s in range(COUNT)]
-    uninterrupted = load(recipe, first_stage=False)
-    assert read == [i for b in uninterrupted for m in b.micro_batches for i in m.sample_ids]
+            read.update(samples_of(list(batches)))
+            assert max(read.values()) - min(read.values()) <= 1  # none a second time before all a first time
+    assert min(read.values()) >= 2
+    uninterrupted = load(recipe, pixels=None)
+    assert read == Counter(samples_of(uninterrupted))
 
 
 def test_each_rank_opens_its_share_of_the_images(
@@ -119,8 +120,12 @@ def test_each_rank_opens_its_share_of_the_images(
         assert len(opened) == expected == sum(m.num_images for b in batches for m in b.micro_batches)
         total += expected
     opened.clear()
-    load(recipe, 1, 2, first_stage=False)
+    load(recipe, 1, 2, pixels=None)
     assert not opened
+    for first in range(3):
+        load(recipe, pixels=ImageShare(every=3, first=first))
+    assert len(opened) == total
+    opened.clear()
     load(recipe)
     assert len(opened) == total
 
@@ -136,6 +141,33 @@ def test_images_are_those_of_the_samples_they_come_with(sources: dict[str, Sourc
             assert painted == [(7 * s + k) % 256 for _, s in m.sample_ids for k in range(IMAGES[s])]
             seen += len(painted)
     assert seen > COUNT / 2
+
+
+def test_a_share_of_the_images_is_every_so_manieth_of_the_step(sources: dict[str, SourceConfig]) -> None:
+    recipe = make_recipe((sources["pictures"],), packing=True, seq_length=80, steps=5)
+    shares = [load(recipe, pixels=ImageShare(every=3, first=first)) for first in range(3)]
+    for whole, *parts in zip(load(recipe), *shares, strict=True):
+        count = 0
+        for m, *thirds in zip(whole.micro_batches, *(p.micro_batches for p in parts), strict=True):
+            assert m.images_before == count
+            for image in m.pixels if m.pixels is not None else ():
+                holder = thirds[count % 3]
+                mine = holder.pixels_of(ImageShare(every=3, first=count % 3))
+                place = list(holder.pixel_share.of(holder)).index(count - m.images_before)
+                assert torch.equal(mine[place], image)
+                count += 1
+            with pytest.raises(ValueError, match="are wanted"):
+                thirds[0].pixels_of(EVERY_IMAGE)
+
+
+def test_images_are_dealt_evenly(sources: dict[str, SourceConfig]) -> None:
+    """Against the rule of turns; rows have 0 to 3 images, so one image is the best that can be hoped for."""
+    recipe = make_recipe((sources["pictures"],), global_batch=12, micro_batch=2, seq_length=80, steps=5)
+    ranks = [load(recipe, rank, 3, pixels=None) for rank in range(3)]
+    for batches in zip(*ranks, strict=True):
+        counts = [[m.num_images for m in b.micro_batches] for b in batches]
+        assert max(sum(c) for c in counts) - min(sum(c) for c in counts) <= 1
+        assert all(max(c) - min(c) <= 2 for c in counts)
 
 
 def test_lengths_are_padded_for_the_pipeline(sources: dict[str, SourceConfig]) -> None:
@@ -176,7 +208,7 @@ def test_a_damaged_image_is_named_and_the_run_goes_on(sources: dict[str, SourceC
     assert len(failed) == seen >= 1
     assert f"source damaged, sample {BAD}, image 0" in failed[0]
     assert "\n" not in failed[0]
-    assert not any(b.failed for b in load(recipe, first_stage=False))
+    assert not any(b.failed for b in load(recipe, pixels=None))
 
 
 def broken_collation(*_: Any) -> Any:
@@ -226,7 +258,7 @@ def test_steps_are_read_ahead_while_the_model_computes(
     monkeypatch.setattr(megavl.data.rank_batch, "build_microbatch", logged)
     recipe = make_recipe((sources["pictures"],), workers=2, seq_length=80, global_batch=1, steps=10)
     loader = make_loader(
-        recipe, TOKENIZER, dp_rank=0, dp_size=1, first_stage=True, last_stage=True, length_multiple=1,
+        recipe, TOKENIZER, dp_rank=0, dp_size=1, pixels=EVERY_IMAGE, last_stage=True, length_multiple=1,
         equal_lengths=False, start=0,
     )  # fmt: skip
     assert next(loader).step == 0
@@ -244,7 +276,7 @@ def test_signals_to_the_group_of_the_training_process_miss_the_loader_processes(
     before = multiprocessing.active_children()
     recipe = make_recipe((sources["pictures"],), workers=2, seq_length=80)
     loader = make_loader(
-        recipe, TOKENIZER, dp_rank=0, dp_size=1, first_stage=True, last_stage=True, length_multiple=1,
+        recipe, TOKENIZER, dp_rank=0, dp_size=1, pixels=EVERY_IMAGE, last_stage=True, length_multiple=1,
         equal_lengths=False, start=0,
     )  # fmt: skip
     _ = next(loader), next(loader)  # one from each process, so both have started

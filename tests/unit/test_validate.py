@@ -30,6 +30,7 @@ def recipe(parallel: dict[str, Any] | None = None, stage: dict[str, Any] | None 
         ({"tensor": 2, "pipeline": 2, "sequence": True}, 8),
         ({"pipeline": 2, "virtual_pipeline": 2}, 2),
         ({"pipeline": 2, "layout": "1,3"}, 2),
+        ({"vision": "split_model", "vision_ahead_mib": 0, "vision_cache": "x"}, 1),
         ({"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}, 4),
     ],
 )
@@ -54,6 +55,10 @@ def test_a_layout_that_fits_has_no_problem(parallel: dict[str, Any], world_size:
         ({"overlap_param_gather": True}, {}, 1, "needs parallel.distributed_optimizer, which is off"),
         ({"overlap_param_gather": True}, {}, 1, "needs parallel.overlap_grad_reduce, which is off"),
         ({"timeout_s": 0}, {}, 1, "parallel.timeout_s 0 is below 1"),
+        ({"vision_batch": 0}, {}, 1, "parallel.vision_batch 0 is below 1"),
+        ({"vision_ahead_mib": -1}, {}, 1, "parallel.vision_ahead_mib -1 is below 0"),
+        ({"vision_cache": "x"}, {}, 1, "under parallel.vision split_model, but parallel.vision is replicate"),
+        ({"vision_cache_gib": 0.0}, {}, 1, "parallel.vision_cache_gib 0.0 is not above 0"),
         (
             {},
             {"micro_batch": 2},

@@ -44,14 +44,32 @@ class SamTower(nn.Module):
         # Zero at the start: the tower begins as SAM's main path, and the branch grows as far as it helps.
         self.hd_alpha_downsamples = nn.Parameter(torch.zeros(1))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | None, trunk: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Encode images.
+
+        Args:
+            images: normalised pixels in the compute type, [i, 3, S, S]; not read if there is a `trunk`.
+            trunk: what `trunk` made of the images.
+
+        Returns:
+            Features, [i, p, c], rows of the final grid first.
+        """
+        if trunk is None:
+            assert images is not None, "neither images nor what the trunk made of them"
+            trunk = self.trunk(images)
+        features, branch = trunk
+        side = self._to_slots(self.neck_hd(branch.permute(0, 3, 1, 2)))
+        features = self._to_slots(features) + side * self.hd_alpha_downsamples
+        return features.flatten(2).transpose(1, 2)  # [i, p, c]
+
+    def trunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What SAM itself makes of images, before any parameter of the adaptor (`SAM_ADAPTOR_PREFIXES`) has a part.
 
         Args:
             images: normalised pixels in the compute type, [i, 3, S, S].
 
         Returns:
-            Features, [i, p, c], rows of the final grid first.
+            The neck's map [i, k, g, g], and the output of the first global block [i, g, g, c].
         """
         hidden = self.patch_embed(images) + self.pos_embed  # [i, g, g, c]
         branch = hidden
@@ -59,10 +77,7 @@ class SamTower(nn.Module):
             hidden = block(hidden)
             if layer == self.branch_layer:
                 branch = hidden
-        features = self._to_slots(self.neck(hidden.permute(0, 3, 1, 2)))
-        side = self._to_slots(self.neck_hd(branch.permute(0, 3, 1, 2)))
-        features = features + side * self.hd_alpha_downsamples
-        return features.flatten(2).transpose(1, 2)  # [i, p, c]
+        return self.neck(hidden.permute(0, 3, 1, 2)), branch
 
     def _to_slots(self, features: Tensor) -> Tensor:
         """[i, c, g, g] after a neck -> [i, c, sqrt(p), sqrt(p)]."""

@@ -7,6 +7,8 @@ file may. The low-resolution image is made from the padded high-resolution one, 
 Shapes: i images, S side of the model's image, s side of the low-resolution image, p slots per image.
 """
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -42,21 +44,56 @@ class VisionTowers(nn.Module):
         self.sam = SamTower(model.sam, ops) if model.sam else None
         self.siglip = SiglipTower(model.siglip, recompute=recompute)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
+    def forward(
+        self, pixels: Tensor | None, encoded: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor | None, Tensor]:
         """Encode images.
 
         Args:
-            pixels: fp32 in [0, 1], [i, 3, S, S].
+            pixels: fp32 in [0, 1], [i, 3, S, S]; None if `encoded` has all that is made of them.
+            encoded: from `encode_frozen`, of the same images.
 
         Returns:
             High-resolution features [i, p, c_high] or None, and low-resolution features [i, p, c_low].
         """
-        dtype = self.siglip.pos_embed.dtype
-        low = resize_antialiased(pixels, self.low_size)
-        low_features = self.siglip(normalise(low, HALF, HALF).to(dtype))
+        encoded = encoded or {}
+        low_features = encoded["siglip"] if "siglip" in encoded else self._encode_low(pixels)
         if self.sam is None:
             return None, low_features
-        return self.sam(normalise(pixels, CLIP_MEAN, CLIP_STD).to(dtype)), low_features
+        if "neck" in encoded:
+            return self.sam(None, (encoded["neck"], encoded["branch"])), low_features
+        return self.sam(self._high_input(pixels)), low_features
+
+    def encode_frozen(self, pixels: Tensor, frozen: Collection[str]) -> dict[str, Tensor]:
+        """The part of `forward` that depends on frozen parameters only.
+
+        Args:
+            pixels: fp32 in [0, 1], [i, 3, S, S].
+            frozen: frozen parts of the model; `sam` and `siglip` count here.
+
+        Returns:
+            `neck` [i, k, g, g] and `branch` [i, g, g, c] where there is a frozen SAM (see `SamTower.trunk`), and
+            `siglip` [i, p, c_low] where SigLIP is frozen.
+        """
+        encoded = {}
+        if self.sam is not None and "sam" in frozen:
+            encoded["neck"], encoded["branch"] = self.sam.trunk(self._high_input(pixels))
+        if "siglip" in frozen:
+            encoded["siglip"] = self._encode_low(pixels)
+        return encoded
+
+    def needs_pixels(self, encoded: Mapping[str, Tensor] | None) -> bool:
+        """Whether `forward` reads pixels beside `encoded`."""
+        return encoded is None or "siglip" not in encoded or (self.sam is not None and "neck" not in encoded)
+
+    def _high_input(self, pixels: Tensor | None) -> Tensor:
+        assert pixels is not None, "SAM has nothing to encode"
+        return normalise(pixels, CLIP_MEAN, CLIP_STD).to(self.siglip.pos_embed.dtype)
+
+    def _encode_low(self, pixels: Tensor | None) -> Tensor:
+        assert pixels is not None, "SigLIP has nothing to encode"
+        low = normalise(resize_antialiased(pixels, self.low_size), HALF, HALF)
+        return self.siglip(low.to(self.siglip.pos_embed.dtype))
 
 
 def resize_antialiased(pixels: Tensor, side: int) -> Tensor:

@@ -1,0 +1,172 @@
+r"""Step time of each vision placement under several layouts, on made-up images, in one run.
+
+    torchrun --nproc-per-node 4 tools/bench_vision_placement.py --layouts tp4,tp2pp2,pp4
+    torchrun ... tools/bench_vision_placement.py --towers 2 --stage 3          # twice the tower blocks; SigLIP trained
+
+The model is of CPU size, with both towers. A row gives the median step, the fastest, and the processor time of the
+busiest rank, which is what a step would take with a processor per rank and no waiting; then the gain over `replicate`
+in both. Turns go round robin over the placements, so that another load on the machine meets all of them. `towers` is
+the time in the towers' forward pass over the step on the first rank under `replicate`: with a share s of the step, no
+placement over n ranks can gain more than 1 / (1 - s * (1 - 1/n)).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from megavl.config import DecoderConfig, ModelConfig, ParallelConfig, SamConfig, SiglipConfig, VisionPlacement
+from megavl.data.microbatch import StepBatch
+from megavl.model.build import build_stages
+from megavl.parallel.gradients import wrap_stages
+from megavl.parallel.groups import Groups, destroy_groups, init_groups
+from megavl.parallel.vision_ahead import make_ahead_encoder
+from megavl.training.freeze import apply_freeze, frozen_components
+from megavl.training.optimizer import make_optimizer
+from megavl.training.parity import PARITY_OPTIM
+from megavl.training.step import train_step
+from megavl.training.synthetic_batches import global_batch, share
+
+LAYOUTS = {
+    "tp4": ParallelConfig(tensor=4, sequence=True),
+    "tp2pp2": ParallelConfig(tensor=2, sequence=True, pipeline=2),
+    "pp4": ParallelConfig(pipeline=4),
+}
+PLACEMENTS: tuple[VisionPlacement, ...] = ("replicate", "split_tensor", "split_model")
+TOKENS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """One step on all ranks, in seconds."""
+
+    step: float
+    busiest: float
+    """Processor time of the rank that computed most."""
+    towers: float
+    """Wall time in the towers on the rank where that was most."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and print; the table comes from rank 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of " + ", ".join(LAYOUTS))
+    parser.add_argument("--towers", type=int, default=1, help="multiplies the blocks of both towers")
+    parser.add_argument("--stage", type=int, default=2, choices=(1, 2, 3), help="training stage")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each placement")
+    options = parser.parse_args(arguments)
+    wrong = [name for name in options.layouts.split(",") if name not in LAYOUTS]
+    if wrong:
+        print(f"bench_vision_placement: no layout {wrong[0]!r}; there are {', '.join(LAYOUTS)}", file=sys.stderr)
+        return 1
+    torch.set_num_threads(1)
+    model = cpu_model(options.towers)
+    for name in options.layouts.split(","):
+        groups = init_groups(LAYOUTS[name])
+        rows = measure(model, LAYOUTS[name], groups, options.stage, options.steps)
+        if groups.rank == 0:
+            print("\n".join(table(name, rows)), flush=True)
+        destroy_groups(leave_world=name == options.layouts.split(",")[-1])
+    return 0
+
+
+def cpu_model(towers: int) -> ModelConfig:
+    """A model that four processes of one core train at about a step a second."""
+    return ModelConfig(
+        decoder=DecoderConfig(layers=8, hidden=256, heads=8, kv_heads=8, ffn=704, vocab=1024),
+        siglip=SiglipConfig(image_size=128, patch_size=16, width=128, layers=4 * towers, heads=4, mlp=512),
+        sam=SamConfig(
+            image_size=256,
+            patch_size=16,
+            width=128,
+            layers=4 * towers,
+            heads=4,
+            mlp=512,
+            window=7,
+            global_layers=(1, 3),
+            neck=64,
+            upsample=32,
+            downsample=(64, 64),
+        ),
+        adaptor="hybrid",
+        background=(127, 127, 127),
+    )
+
+
+def measure(
+    model: ModelConfig, layout: ParallelConfig, groups: Groups, stage: int, steps: int
+) -> dict[VisionPlacement, list[Timed]]:
+    """Steps of every placement in turn, after one of each that is not counted; all ranks must call it."""
+    turns = {vision: make_turn(model, replace(layout, vision=vision), groups, stage) for vision in PLACEMENTS}
+    for turn in turns.values():
+        turn()
+    rows: dict[VisionPlacement, list[Timed]] = {vision: [] for vision in PLACEMENTS}
+    for _ in range(steps):
+        for vision, turn in turns.items():
+            rows[vision].append(turn())
+    return rows
+
+
+def make_turn(model: ModelConfig, parallel: ParallelConfig, groups: Groups, stage: int) -> Callable[[], Timed]:
+    """A function that runs and times one step of a placement."""
+    stages = build_stages(model, parallel, dtype=torch.float32, seed=1, pg=groups.pg, device=groups.device)
+    apply_freeze(stages, stage)
+    chunks = wrap_stages(stages, parallel, groups)
+    optimizer = make_optimizer(chunks, PARITY_OPTIM, parallel, groups)
+    encoder = make_ahead_encoder(stages, model, parallel, groups, frozen=frozen_components(stage))
+    batch = share(global_batch(model, "image", tokens=TOKENS), groups.data_rank, groups.data_size)
+    step = StepBatch(step=0, language_rows=0, micro_batches=batch)
+    clock = TowerClock()
+    if stages[0].first_stage is not None:
+        stages[0].first_stage.towers.register_forward_pre_hook(lambda *_: clock.start())
+        stages[0].first_stage.towers.register_forward_hook(lambda *_: clock.stop())
+
+    def turn() -> Timed:
+        clock.total = 0.0
+        dist.barrier(group=groups.gloo_world)
+        wall, computed = time.perf_counter(), time.process_time()
+        train_step(chunks, optimizer, step, groups, lr=1e-4, encoder=encoder)
+        wall, computed = time.perf_counter() - wall, time.process_time() - computed
+        worst = torch.tensor([wall, computed, clock.total], dtype=torch.float64)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=groups.gloo_world)
+        return Timed(step=float(worst[0]), busiest=float(worst[1]), towers=float(worst[2]))
+
+    return turn
+
+
+class TowerClock:
+    """Adds up the time between `start` and `stop`."""
+
+    def __init__(self) -> None:
+        self.total, self._began = 0.0, 0.0
+
+    def start(self) -> None:
+        """The towers begin."""
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        """The towers are done."""
+        self.total += time.perf_counter() - self._began
+
+
+def table(layout: str, rows: dict[VisionPlacement, list[Timed]]) -> list[str]:
+    """A line per placement."""
+    base = [statistics.median(getattr(t, what) for t in rows["replicate"]) for what in ("step", "busiest")]
+    towers = statistics.median(t.towers / t.step for t in rows["replicate"])
+    lines = [f"{layout}: towers {100 * towers:.0f}% of the step under replicate, {len(rows['replicate'])} steps each"]
+    for vision, timed in rows.items():
+        step, busiest = (statistics.median(getattr(t, what) for t in timed) for what in ("step", "busiest"))
+        lines.append(
+            f"  {vision:12}  step {step:6.3f} s (fastest {min(t.step for t in timed):6.3f}), {base[0] / step:4.2f}x;  "
+            f"busiest rank {busiest:6.3f} s, {base[1] / busiest:4.2f}x"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
