@@ -226,8 +226,8 @@ def make_clue(
     """
     mine, wanted = copies["data-parallel"][0].double(), expected[name].double().to(copies["data-parallel"][0].device)
 
-    def equal(a: Tensor, b: Tensor, within: float = 100 * tolerance) -> bool:
-        return bool((a - b).abs().max() <= within * b.abs().max().clamp_min(1e-30))
+    def equal(a: Tensor, b: Tensor) -> bool:
+        return bool((a - b).abs().max() <= 100 * tolerance * b.abs().max().clamp_min(1e-30))
 
     square = float((wanted * wanted).sum())
     factor = float((mine * wanted).sum()) / square if square else math.inf
@@ -238,11 +238,13 @@ def make_clue(
         if len(tensors) > 1 and square and equal(torch.stack([t.double() for t in tensors]).sum(0), wanted)
         if not equal(mine * len(tensors), wanted)  # equal copies of one part: a factor
     ]
+    own_distance = float((mine - wanted).abs().max())
     twins = [
         other
         for other, tensor in expected.items()
         if other != name and _suffix(other) == _suffix(name) != "" and tensor.shape == mine.shape
-        if tensor.abs().max() > 0 and equal(mine, tensor.double().to(mine.device), 0.02)  # its own update has moved it
+        # Norm weights of all layers are much alike, and an update has moved what was swapped: far closer is the rule.
+        if float((mine - tensor.double().to(mine.device)).abs().max()) < 0.05 * own_distance
     ]
     return Clue(
         name=name,

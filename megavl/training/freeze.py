@@ -46,3 +46,13 @@ def apply_freeze(stages: Iterable[Stage], number: int) -> dict[str, int]:
             parameter.requires_grad_(table[component])
             trainable[component] += parameter.numel() if table[component] else 0
     return trainable
+
+
+def trained_components(stages: Iterable[Stage]) -> set[str]:
+    """The parts of which this rank holds something trainable, read from `requires_grad`."""
+    return {
+        stage.component_of(name)
+        for stage in stages
+        for name, parameter in stage.named_parameters()
+        if parameter.requires_grad
+    }

@@ -7,7 +7,7 @@ step, and everything decided from the totals.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -16,14 +16,17 @@ from megatron.core.distributed import DistributedDataParallel
 from megavl.checkpoint.writer import CheckpointWriter
 from megavl.config import Modality, Recipe
 from megavl.data.microbatch import StepBatch
+from megavl.parallel.gradients import unwrap
 from megavl.parallel.groups import Groups
-from megavl.training.flops import StepCounts, step_flops
-from megavl.training.freeze import TRAINED
+from megavl.training.flops import StepCounts
+from megavl.training.freeze import trained_components
 from megavl.training.metrics import Metrics, StepRecord
 from megavl.training.rank_report import StepTotals, exchange, report
 from megavl.training.schedule import learning_rate
 from megavl.training.step import StepResult, train_step
+from megavl.training.step_clock import StepClock
 from megavl.training.stopping import RunStoppedError, StopRequest
+from megavl.training.throughput import throughput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +68,27 @@ def run_steps(run: Run, batches: Iterator[StepBatch], start: int) -> int:
         RunStoppedError: too many steps in a row without a finite loss, or too many undecodable samples; on all ranks.
     """
     recipe, steps = run.recipe, run.recipe.stage.steps
-    validated = _validated(run)
+    validated, costs = _validated(run), _Costs(run)
     guard, saved_at, clock = _Guard(recipe), start, time.monotonic()
     step = start
     stop = False
     while step < steps and not stop:
         if _validation_due(recipe, step) and step not in validated:
             _validate(run, step)
+            costs.clock.read()  # what the measurement took is not the next step's
         late = recipe.checkpoint.every_minutes > 0 and time.monotonic() - clock > 60 * recipe.checkpoint.every_minutes
         try:
-            totals = _one_step(run, batches, step, guard, save=late)
+            totals = _one_step(run, batches, step, guard, costs, save=late)
         except RunStoppedError:  # on every rank, so a checkpoint that is still being written can be completed
             run.saver.finish()
             raise
-        step, stop = step + 1, totals.stop
+        step, stop, stepped = step + 1, totals.stop, time.monotonic()
         run.saver.poll()
         every = recipe.checkpoint.every_steps
         if totals.save or (every and step % every == 0):
             _save(run, step, background=recipe.checkpoint.background)
             saved_at, clock = step, time.monotonic()
+        costs.saving = time.monotonic() - stepped
     if saved_at != step:
         _save(run, step, background=False)
     run.saver.finish()
@@ -92,7 +97,23 @@ def run_steps(run: Run, batches: Iterator[StepBatch], start: int) -> int:
     return step
 
 
-def _one_step(run: Run, batches: Iterator[StepBatch], step: int, guard: "_Guard", *, save: bool) -> StepTotals:
+class _Costs:
+    """What the loop knows of a step's cost beside its clock time."""
+
+    def __init__(self, run: Run) -> None:
+        self.clock = StepClock(run.groups.device)
+        self.clock.attach(run.chunks)
+        everyone: list[Any] = [None] * run.groups.world_size
+        dist.all_gather_object(everyone, trained_components(unwrap(run.chunks)), group=run.groups.gloo_world)
+        self.trained = set().union(*everyone)
+        """Components of which something is trainable, on whichever rank."""
+        self.saving = 0.0
+        """Seconds that saving held up training since the last step."""
+
+
+def _one_step(
+    run: Run, batches: Iterator[StepBatch], step: int, guard: "_Guard", costs: _Costs, *, save: bool
+) -> StepTotals:
     """Read, compute, update, report."""
     recipe, began = run.recipe, time.monotonic()
     batch = next(batches)
@@ -102,13 +123,21 @@ def _one_step(run: Run, batches: Iterator[StepBatch], step: int, guard: "_Guard"
     lr = learning_rate(optim, steps, step)
     vision_lr = None if optim.vision_lr is None else learning_rate(optim, steps, step, optim.vision_lr)
     result = train_step(run.chunks, run.optimizer, batch, run.groups, lr=lr, vision_lr=vision_lr)
-    mine = report(batch, run.groups, stop=bool(run.stop.signal), save=save and run.groups.rank == 0, data_wait_s=waited)
+    mine = report(
+        batch,
+        run.groups,
+        stop=bool(run.stop.signal),
+        save=save and run.groups.rank == 0,
+        data_wait_s=waited,
+        parts=costs.clock.read(),
+        memory=costs.clock.peak_memory(),
+    )
     totals = exchange(mine, run.groups)
     if totals.failed:
         _tell_failed(run, batch)
     guard.count(result, totals)
     if run.metrics is not None:
-        run.metrics.step(_record(run, batch, result, totals, lr, guard.failed, time.monotonic() - began))
+        run.metrics.step(_record(run, batch, result, totals, costs, lr, guard.failed, time.monotonic() - began))
         if result.skipped:
             run.metrics.note(f"step {step + 1}: the update was skipped, {result.skipped}")
     guard.check()
@@ -148,18 +177,27 @@ class _Guard:
 
 
 def _record(
-    run: Run, batch: StepBatch, result: StepResult, totals: StepTotals, lr: float, failed: int, seconds: float
+    run: Run,
+    batch: StepBatch,
+    result: StepResult,
+    totals: StepTotals,
+    costs: _Costs,
+    lr: float,
+    failed: int,
+    seconds: float,
 ) -> StepRecord:
     """The line of one step."""
     losses = {m: result.loss_sums[m] / n if n else None for m, n in result.loss_tokens.items()}
-    counts = StepCounts(
-        images=result.images,
-        tokens=totals.tokens,
-        squared_lengths=totals.squared_lengths,
-        logits=totals.tokens,  # the head is computed for every position
+    speed = throughput(
+        run.recipe.model,
+        run.recipe.parallel,
+        costs.trained,
+        counts=_counts(result.images, totals.tokens, totals.squared_lengths),
+        padded=_counts(result.images, result.tokens, totals.padded_squared_lengths),
+        seconds=seconds,
+        ranks=run.groups.world_size,
+        peak=run.peak,
     )
-    trained = [name for name, is_trained in TRAINED[run.recipe.stage.number].items() if is_trained]
-    rate = sum(step_flops(run.recipe.model, trained, counts).values()) / seconds / run.groups.world_size
     return StepRecord(
         step=batch.step,
         modality=_modality(batch, run.recipe),
@@ -174,14 +212,20 @@ def _record(
         lr=lr,
         step_time_s=seconds,
         data_wait_s=totals.data_wait_s,
-        tokens_per_s=result.tokens / seconds,
-        tflops=rate / 1e12,
-        mfu=None if run.peak is None else rate / run.peak,
         skipped=bool(result.skipped),
         language_rows=batch.language_rows,
         rows=run.recipe.stage.global_batch,
         failed_samples=failed,
+        parts={**totals.parts, "checkpoint": costs.saving},
+        bubble=totals.bubble,
+        memory_gib=totals.memory / 2**30,
+        **asdict(speed),
     )
+
+
+def _counts(images: int, tokens: int, squared_lengths: int) -> StepCounts:
+    """The head is computed for every position."""
+    return StepCounts(images=images, tokens=tokens, squared_lengths=squared_lengths, logits=tokens)
 
 
 def _modality(batch: StepBatch, recipe: Recipe) -> Modality | None:

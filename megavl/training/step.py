@@ -28,6 +28,7 @@ from megavl.data.microbatch import IGNORE, MicroBatch, StepBatch
 from megavl.parallel.gradients import finish_parameter_gather, start_parameter_gather, zero_gradients
 from megavl.parallel.groups import Groups
 from megavl.training.optimizer import set_learning_rate, update
+from megavl.training.step_clock import timed
 
 _MODALITIES = ("language", "multimodal")
 
@@ -90,7 +91,8 @@ def train_step(
     totals = _sum_over_ranks(reports, batch.micro_batches, groups)
     loss = totals["loss"] / totals["labels"] if totals["labels"] else math.nan
     set_learning_rate(optimizer, lr, vision_lr)
-    grad_norm, updated = update(optimizer, allowed=math.isfinite(loss))
+    with timed(chunks, "optimizer"):
+        grad_norm, updated = update(optimizer, allowed=math.isfinite(loss))
     return StepResult(
         loss=loss,
         loss_sums={m: totals[f"{m} loss"] for m in _MODALITIES},
