@@ -86,7 +86,9 @@ def hardware_flops(model: ModelConfig, trained: Collection[str], counts: StepCou
     image = image_flops(model, trained, padded_windows=True) if counts.images else {}
     copies = parallel.tensor if parallel.vision == "replicate" else 1
     if image and parallel.recompute_vision and "siglip" in trained:
-        image["siglip"] += _siglip_blocks(model.siglip)
+        tower = model.siglip
+        # torch stops a block's recomputation at the last tensor that is needed: before its last product.
+        image["siglip"] += _siglip_blocks(tower) - tower.layers * 2.0 * tower.grid**2 * tower.width * tower.mlp
     terms = {name: counts.images * copies * value for name, value in image.items()}
     decoder = decoder_flops(model.decoder, counts, trained="decoder" in trained, passes=bool(trained))
     once = decoder_flops(model.decoder, counts, trained=False, passes=False)

@@ -71,7 +71,7 @@ def run_reference(question: Question, groups: Groups) -> list[StepRecord]:
     optimizer = _plain_adamw(stage, question.optim)
     parameters = {name: p for name, _, p in full_parameters([stage])}
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    records = []
+    records: list[StepRecord] = []
     for batch in question.batches:
         optimizer.zero_grad()
         labels = sum(int((b.labels != IGNORE).sum()) for b in batch)

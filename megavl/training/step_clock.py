@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
+from megatron.core.distributed import DistributedDataParallel
 
 PARTS = ("vision", "forward", "backward", "schedule", "reduction", "optimizer")
 """`forward` and `backward` are those of micro-batches, `vision` the forward pass of towers and adaptor, `reduction` the
@@ -37,7 +37,7 @@ class StepClock:
         self._closed: list[tuple[str, str, Any, Any]] = []  # part, part around it, start, end
         self._spare: list[torch.cuda.Event] = []
 
-    def attach(self, chunks: Sequence[nn.Module]) -> None:
+    def attach(self, chunks: Sequence[DistributedDataParallel]) -> None:
         """Have megatron-core, the reduction of gradients and the vision modules set their marks.
 
         Args:
@@ -131,7 +131,7 @@ class _Mark:
             self._clock.stop(self._part)
 
 
-def timed(chunks: Sequence[nn.Module], part: str) -> AbstractContextManager[None]:
+def timed(chunks: Sequence[DistributedDataParallel], part: str) -> AbstractContextManager[None]:
     """Mark a block on the clock that is attached to `chunks`, if one is."""
     clock = chunks[0].module.config.timers
     return clock.part(part) if isinstance(clock, StepClock) else nullcontext()
