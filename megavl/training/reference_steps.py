@@ -60,7 +60,7 @@ class StepRecord:
     grad_norm: float
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]
-    shifted_losses: dict[str, float]
+    shifted_losses: dict[str, tuple[float, ...]]
     """First step: the loss with every label one position to the left or right, by which such a fault is recognised."""
 
 
@@ -96,13 +96,17 @@ def run_reference(question: Question, groups: Groups) -> list[StepRecord]:
 
 
 @torch.no_grad()
-def _shifted_losses(stage: Stage, batch: Sequence[MicroBatch], groups: Groups) -> dict[str, float]:
-    """The loss of a global batch if each label stood one position further to the left or right."""
+def _shifted_losses(stage: Stage, batch: Sequence[MicroBatch], groups: Groups) -> dict[str, tuple[float, ...]]:
+    """The loss of a global batch if each label stood one position further to the left or right.
+
+    Over the number of labels that are left, and over the number before: either may be what a faulty run divides by.
+    """
     losses = {}
     for side, step in SHIFTS.items():
         shifted = [replace(b, labels=shift_labels(b.labels, step)) for b in batch]
-        labels = sum(int((b.labels != IGNORE).sum()) for b in shifted)
-        losses[side] = sum(float(stage(b.to(groups.device)).sum()) for b in shifted) / max(1, labels)
+        total = sum(float(stage(b.to(groups.device)).sum()) for b in shifted)
+        counts = [sum(int((b.labels != IGNORE).sum()) for b in batches) for batches in (shifted, batch)]
+        losses[side] = tuple(total / max(1, count) for count in counts)
     return losses
 
 
