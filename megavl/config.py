@@ -146,6 +146,8 @@ class ParallelConfig:
     """Activation recomputation in decoder: `selective` = core attention, `full` = whole layers."""
     recompute_vision: bool = False
     """Recompute each SigLIP block in the backward pass."""
+    compile_vision: bool = False
+    """Compile the blocks of frozen towers with `torch.compile`; the first steps then take minutes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes CUDA where there is a device, otherwise CPU with gloo."""
     timeout_s: int = 600
