@@ -10,6 +10,7 @@ from typing import Literal
 Modality = Literal["language", "multimodal"]
 AdaptorKind = Literal["hybrid", "mlp_gelu", "shared", "separate", "pool_w", "pool_h"]
 Implementation = Literal["auto", "triton", "reference"]
+Grouping = Literal["none", "microbatch", "step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +187,7 @@ class DataConfig:
     """Fill rows with several samples. Language corpora are always read as full rows, as Megatron's GPT data."""
     separate_documents: bool = True
     """Packed documents do not attend to each other and positions restart; off: one causal sequence per row."""
-    grouping: Literal["step", "microbatch", "none"] = "step"
+    grouping: Grouping = "step"
     """What holds one modality only: a whole global step (the report), a micro-batch, or nothing."""
     language_warmup: float = 0.0
     """Fraction of the steps over which the language share falls linearly from 1.0 to its target; 0: starts there."""
