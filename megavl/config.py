@@ -11,6 +11,7 @@ Modality = Literal["language", "multimodal"]
 AdaptorKind = Literal["hybrid", "mlp_gelu", "shared", "separate", "pool_w", "pool_h"]
 Implementation = Literal["auto", "triton", "reference"]
 VisionPlacement = Literal["replicate", "split_tensor", "split_model"]
+Grouping = Literal["none", "microbatch", "step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,8 @@ class ParallelConfig:
     """Activation recomputation in decoder: `selective` = core attention, `full` = whole layers."""
     recompute_vision: bool = False
     """Recompute each SigLIP block in the backward pass."""
+    compile_vision: bool = False
+    """Compile the blocks of frozen towers with `torch.compile`; the first steps then take minutes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes CUDA where there is a device, otherwise CPU with gloo."""
     timeout_s: int = 600
@@ -195,7 +198,7 @@ class DataConfig:
     """Fill rows with several samples. Language corpora are always read as full rows, as Megatron's GPT data."""
     separate_documents: bool = True
     """Packed documents do not attend to each other and positions restart; off: one causal sequence per row."""
-    grouping: Literal["step", "microbatch", "none"] = "step"
+    grouping: Grouping = "step"
     """What holds one modality only: a whole global step (the report), a micro-batch, or nothing."""
     language_warmup: float = 0.0
     """Fraction of the steps over which the language share falls linearly from 1.0 to its target; 0: starts there."""

@@ -34,7 +34,7 @@ from megavl.parallel.vision_placement import pixel_share
 from megavl.recipe import parse_command_line, save_recipe
 from megavl.training import start_report
 from megavl.training.flops import peak_flops
-from megavl.training.freeze import apply_freeze, frozen_components
+from megavl.training.freeze import apply_freeze, compile_frozen_towers, frozen_components
 from megavl.training.loop import Run, run_steps
 from megavl.training.metrics import Metrics, start_logging
 from megavl.training.optimizer import make_optimizer
@@ -122,6 +122,8 @@ def build_model(recipe: Recipe, groups: Groups) -> list[DistributedDataParallel]
         ops=make_ops(recipe.kernels, groups.device, dtype),
     )
     apply_freeze(stages, recipe.stage.number)
+    if recipe.parallel.compile_vision:
+        compile_frozen_towers(stages)
     return wrap_stages(stages, recipe.parallel, groups)
 
 

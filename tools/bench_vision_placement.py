@@ -28,7 +28,7 @@ from megavl.parallel.groups import Groups, destroy_groups, init_groups
 from megavl.parallel.vision_ahead import make_ahead_encoder
 from megavl.training.freeze import apply_freeze, frozen_components
 from megavl.training.optimizer import make_optimizer
-from megavl.training.parity import PARITY_OPTIM
+from megavl.training.reference_steps import PARITY_OPTIM
 from megavl.training.step import train_step
 from megavl.training.synthetic_batches import global_batch, share
 

@@ -10,16 +10,23 @@ Model, training stage and device are the recipe's, everything is computed in fp3
 image, images in some micro-batches only, packed), so no data is needed. Rank 0 must be able to hold the whole model
 with its gradients and AdamW state; give smaller sizes with `--model.decoder.layers 4` and the like.
 
+Each layout saves before its last step, and the next layout of the list (after the last one the first; a single one:
+plain data parallelism) makes that step from the checkpoint. The table has the largest difference of each step and of
+that resumed one, `resume`. Below it, for each layout that differs: the first tensor that does, and the likely cause.
+
 Exit status: 0 if every difference is at most 1e-5 relative, 1 otherwise.
 """
 
 import argparse
 import os
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -28,11 +35,9 @@ from megavl.config import ModelConfig, ParallelConfig, Recipe
 from megavl.parallel.groups import destroy_groups, init_groups
 from megavl.parallel.validate import check_layout
 from megavl.recipe import parse_command_line
-from megavl.training.parity import Question, StepRecord, difference_table, run_layout, run_reference
+from megavl.training.parity import TOLERANCE, Comparison, difference_table, run_layout
+from megavl.training.reference_steps import Question, StepRecord, run_reference
 from megavl.training.synthetic_batches import CASES, global_batch
-
-TOLERANCE = 1e-5
-"""Relative, fp32."""
 
 _SIZES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline"}
 _SWITCHES: dict[str, dict[str, Any]] = {
@@ -49,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     """Compare every layout; returns the exit status, the same on every rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", required=True, help="comma-separated, such as tp2,tp2pp2sp")
+    parser.add_argument("--folder", type=Path, help="for the checkpoints, on every node the same; default: temporary")
     options, rest = parser.parse_known_args(arguments)
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     try:
@@ -56,12 +62,12 @@ def main(arguments: Sequence[str]) -> int:
         layouts = {name: parse_layout(name, recipe.parallel) for name in options.layouts.split(",")}
         micro_batches = -(-8 // world_size) * world_size  # at least 8, and a round number for every layout
         check(recipe, layouts, world_size, micro_batches)
-        rows, faults = compare(question(recipe, micro_batches), layouts, rank)
+        rows, faults = compare(question(recipe, micro_batches), layouts, rank, options.folder)
     except ValueError as error:
         print(f"verify_layouts: {error}", file=sys.stderr)
         return 1
     if rank == 0:
-        print(difference_table(rows, CASES))
+        print(difference_table(rows, (*CASES, "resume")))
         print("\n".join(faults) or f"all within {TOLERANCE:.0e}")
     return int(bool(faults))
 
@@ -105,31 +111,65 @@ def question(recipe: Recipe, micro_batches: int) -> Question:
     return Question(model=recipe.model, stage=recipe.stage.number, batches=batches, seed=recipe.stage.seed)
 
 
-def compare(asked: Question, layouts: dict[str, ParallelConfig], rank: int) -> tuple[dict[str, list[float]], list[str]]:
-    """Run the reference on rank 0, then every layout on all ranks: (worst difference per step, what is wrong)."""
-    reference: list[StepRecord] = []
+def compare(
+    asked: Question, layouts: dict[str, ParallelConfig], rank: int, folder: Path | None
+) -> tuple[dict[str, list[float]], list[str]]:
+    """Run the reference on rank 0, then every layout on all ranks, and resume each under the next.
+
+    Returns:
+        Layout -> worst difference of each step and of the resumed one; what is wrong, in sentences.
+    """
     base = next(iter(layouts.values()))
-    if rank == 0:
-        with _alone():
-            groups = init_groups(ParallelConfig(device=base.device))
-            reference = run_reference(asked, groups)
-            destroy_groups()
+    reference = _reference(asked, base) if rank == 0 else []
+    names = list(layouts)
+    plain = ParallelConfig(device=base.device, timeout_s=base.timeout_s)
+    following = layouts[names[0]] if len(names) > 1 else plain
     rows: dict[str, list[float]] = {}
     faults: list[str] = []
-    for name, parallel in layouts.items():
+    for index, parallel in enumerate([*layouts.values(), following]):
         groups = init_groups(parallel)
-        if not rows:  # the first time that all ranks are together
-            shared = [reference]
+        if index == 0:  # the first time that all ranks are together
+            shared = [(reference, folder or (Path(tempfile.mkdtemp()) if rank == 0 else None))]
             dist.broadcast_object_list(shared, src=0, group=groups.gloo_world)
-            reference = shared[0]
-        result = run_layout(asked, parallel, groups, reference)
-        rows[name] = [step.worst() for step in result.steps]
-        faults += [f"{name}: {parameter} is not on both sides" for parameter in result.missing]
-        faults += [f"{name}: copies of {parameter} differ over the tensor group" for parameter in result.drifted]
-        for case, worst in zip(CASES, rows[name], strict=True):
-            faults += [f"{name}, {case}: {worst:.1e} is above {TOLERANCE:.0e}"] if worst > TOLERANCE else []
-        destroy_groups(leave_world=name == list(layouts)[-1])
+            reference, folder = shared[0]
+        assert folder is not None
+        if index < len(names):
+            saved = folder / str(index)
+            result = run_layout(asked, parallel, groups, reference, save_to=saved)
+            rows[names[index]] = [step.worst() for step in result.steps]
+            faults += sentences(names[index], result)
+        if index > 0:
+            before = names[index - 1]
+            resumed = run_layout(asked, parallel, groups, reference, resume_from=folder / str(index - 1))
+            rows[before].append(resumed.steps[0].worst())
+            after = names[index % len(names)] if len(names) > 1 else "plain data parallelism"
+            if max(rows[before][:-1]) <= TOLERANCE:  # otherwise a wrong state was saved
+                faults += sentences(f"{before} resumed under {after}", resumed)
+        destroy_groups(leave_world=index == len(names))
+    if rank == 0 and folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     return rows, faults
+
+
+def sentences(name: str, result: Comparison) -> list[str]:
+    """What is wrong with a layout: the first tensor that differs, the likely cause, and names and copies at fault."""
+    said = [f"{name}: {result.first}\n    likely cause: {result.cause}"] if result.first else []
+    for what, parameters in (
+        ("are not on both sides", result.missing),
+        ("have copies that differ over the tensor group", result.drifted),
+    ):
+        if parameters:
+            said.append(f"{name}: {len(parameters)} parameters {what}, first {parameters[0]}")
+    return said
+
+
+def _reference(asked: Question, base: ParallelConfig) -> list[StepRecord]:
+    """The plain loop, in a world of this rank alone."""
+    with _alone():
+        groups = init_groups(ParallelConfig(device=base.device))
+        reference = run_reference(asked, groups)
+        destroy_groups()
+    return reference
 
 
 def _tokens(model: ModelConfig) -> int:

@@ -18,10 +18,13 @@ The terms are those of a matrix product [m, k] x [k, n]: 2*m*k*n.
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megavl.config import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.config import DecoderConfig, ModelConfig, ParallelConfig, SamConfig, SiglipConfig
 
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 operations per second by a part of the device's name (vendor data sheets, SXM; the A100 also as PCIe)."""
+
+LANGUAGE_TERMS = ("decoder", "attention", "head")
+"""The terms of the language model: their MFU compares with counters that know nothing of images."""
 
 Terms = dict[str, float]
 """Floating-point operations by name of the part."""
@@ -65,6 +68,34 @@ def step_flops(model: ModelConfig, trained: Collection[str], counts: StepCounts)
     # With a frozen decoder the gradients of the image features still pass through it.
     terms.update(decoder_flops(model.decoder, counts, trained="decoder" in trained, passes=bool(trained)))
     return terms
+
+
+def hardware_flops(model: ModelConfig, trained: Collection[str], counts: StepCounts, parallel: ParallelConfig) -> Terms:
+    """Operations that all ranks together carry out in one step.
+
+    Beside those of the model: padding tokens, windows padded to their size, layers and attention that are computed
+    again in the backward pass, and images that several tensor ranks encode. Attention counts at half, as kernels skip
+    the masked half; what a kernel computes again within itself is not counted.
+
+    Args:
+        model: sizes.
+        trained: names of the trained components.
+        counts: what the step holds, padding included.
+        parallel: recomputation and vision placement.
+    """
+    image = image_flops(model, trained, padded_windows=True) if counts.images else {}
+    copies = parallel.tensor if parallel.vision == "replicate" else 1
+    if image and parallel.recompute_vision and "siglip" in trained:
+        tower = model.siglip
+        # torch stops a block's recomputation at the last tensor that is needed: before its last product.
+        image["siglip"] += _siglip_blocks(tower) - tower.layers * 2.0 * tower.grid**2 * tower.width * tower.mlp
+    terms = {name: counts.images * copies * value for name, value in image.items()}
+    decoder = decoder_flops(model.decoder, counts, trained="decoder" in trained, passes=bool(trained))
+    once = decoder_flops(model.decoder, counts, trained=False, passes=False)
+    again = {"none": (), "selective": ("attention",), "full": ("decoder", "attention")}[parallel.recompute]
+    for name in again if trained else ():
+        decoder[name] += once[name]
+    return terms | decoder
 
 
 def image_flops(model: ModelConfig, trained: Collection[str], *, padded_windows: bool = False) -> Terms:
@@ -111,14 +142,20 @@ def _times(weight: bool, grad_in: bool, *, attention: bool = False) -> int:
 def _siglip(tower: SiglipConfig, trained: bool) -> float:
     patches, width = tower.grid**2, tower.width
     embedding = 2.0 * patches * 3 * tower.patch_size**2 * width
-    linear = tower.layers * 2.0 * patches * (4 * width * width + 2 * width * tower.mlp)
     scores = tower.layers * 4.0 * patches**2 * width
+    linear = _siglip_blocks(tower) - scores
     # Pixels need no gradient, so the patch embedding costs one product less.
     return (
         _times(trained, False) * embedding
         + _times(trained, trained) * linear
         + _times(trained, trained, attention=True) * scores
     )
+
+
+def _siglip_blocks(tower: SiglipConfig) -> float:
+    """All blocks, forward."""
+    patches, width = tower.grid**2, tower.width
+    return tower.layers * (2.0 * patches * (4 * width * width + 2 * width * tower.mlp) + 4.0 * patches**2 * width)
 
 
 def _sam(tower: SamConfig, trained: Collection[str], padded_windows: bool) -> Terms:

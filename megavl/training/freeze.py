@@ -51,3 +51,34 @@ def apply_freeze(stages: Iterable[Stage], number: int) -> dict[str, int]:
             parameter.requires_grad_(table[component])
             trainable[component] += parameter.numel() if table[component] else 0
     return trainable
+
+
+def trained_components(stages: Iterable[Stage]) -> set[str]:
+    """The parts of which this rank holds something trainable, read from `requires_grad`."""
+    return {
+        stage.component_of(name)
+        for stage in stages
+        for name, parameter in stage.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def compile_frozen_towers(stages: Iterable[Stage]) -> int:
+    """Have `torch.compile` make each block of a tower that trains nothing; to be called after `apply_freeze`.
+
+    Blocks, not whole towers: those of a tower share one compilation, which is made for any number of images. Names and
+    parameters stay as they are.
+
+    Returns:
+        Blocks that will be compiled when they first run.
+    """
+    count = 0
+    for stage in stages:
+        towers = () if stage.first_stage is None else (stage.first_stage.towers.sam, stage.first_stage.towers.siglip)
+        for tower in towers:
+            blocks = [] if tower is None else list(tower.blocks)
+            if not any(p.requires_grad for block in blocks for p in block.parameters()):
+                for block in blocks:
+                    block.compile(dynamic=True)
+                count += len(blocks)
+    return count

@@ -7,7 +7,7 @@ step, and everything decided from the totals.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -17,15 +17,18 @@ from megavl.checkpoint.writer import CheckpointWriter
 from megavl.config import Modality, Recipe
 from megavl.data.microbatch import StepBatch
 from megavl.ops import choose
+from megavl.parallel.gradients import unwrap
 from megavl.parallel.groups import Groups
 from megavl.parallel.vision_ahead import AheadEncoder
-from megavl.training.flops import StepCounts, step_flops
-from megavl.training.freeze import TRAINED
+from megavl.training.flops import StepCounts
+from megavl.training.freeze import trained_components
 from megavl.training.metrics import Metrics, StepRecord
 from megavl.training.rank_report import StepTotals, exchange, own_failures, report
 from megavl.training.schedule import learning_rate
 from megavl.training.step import StepResult, train_step
+from megavl.training.step_clock import StepClock
 from megavl.training.stopping import RunStoppedError, StopRequest
+from megavl.training.throughput import throughput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,25 +72,27 @@ def run_steps(run: Run, batches: Iterator[StepBatch], start: int) -> int:
         RunStoppedError: too many steps in a row without a finite loss, or too many undecodable samples; on all ranks.
     """
     recipe, steps = run.recipe, run.recipe.stage.steps
-    validated = _validated(run)
+    validated, costs = _validated(run), _Costs(run)
     guard, saved_at, clock = _Guard(recipe), start, time.monotonic()
     step = start
     stop = False
     while step < steps and not stop:
         if _validation_due(recipe, step) and step not in validated:
             _validate(run, step)
+            costs.clock.read()  # what the measurement took is not the next step's
         late = recipe.checkpoint.every_minutes > 0 and time.monotonic() - clock > 60 * recipe.checkpoint.every_minutes
         try:
-            totals = _one_step(run, batches, step, guard, save=late)
+            totals = _one_step(run, batches, step, guard, costs, save=late)
         except RunStoppedError:  # on every rank, so a checkpoint that is still being written can be completed
             run.saver.finish()
             raise
-        step, stop = step + 1, totals.stop
+        step, stop, stepped = step + 1, totals.stop, time.monotonic()
         run.saver.poll()
         every = recipe.checkpoint.every_steps
         if totals.save or (every and step % every == 0):
             _save(run, step, background=recipe.checkpoint.background)
             saved_at, clock = step, time.monotonic()
+        costs.saving = time.monotonic() - stepped
     if saved_at != step:
         _save(run, step, background=False)
     run.saver.finish()
@@ -96,7 +101,27 @@ def run_steps(run: Run, batches: Iterator[StepBatch], start: int) -> int:
     return step
 
 
-def _one_step(run: Run, batches: Iterator[StepBatch], step: int, guard: "_Guard", *, save: bool) -> StepTotals:
+class _Costs:
+    """What the loop knows of a step's cost beside its clock time."""
+
+    def __init__(self, run: Run) -> None:
+        self.clock = StepClock(run.groups.device)
+        self.clock.attach(run.chunks)
+        everyone: list[Any] = [None] * run.groups.world_size
+        dist.all_gather_object(everyone, trained_components(unwrap(run.chunks)), group=run.groups.gloo_world)
+        self.trained = set().union(*everyone)
+        """Components of which something is trainable, on whichever rank."""
+        dtype = next(run.chunks[0].parameters()).dtype
+        chosen = choose(run.recipe.kernels, run.groups.device, dtype)["linear_cross_entropy"]
+        self.labelled_rows_only = chosen.implementation == "triton"
+        """Whether the head computes the positions with a label alone (the fused operator) instead of all."""
+        self.saving = 0.0
+        """Seconds that saving held up training since the last step."""
+
+
+def _one_step(
+    run: Run, batches: Iterator[StepBatch], step: int, guard: "_Guard", costs: _Costs, *, save: bool
+) -> StepTotals:
     """Read, compute, update, report."""
     recipe, began = run.recipe, time.monotonic()
     batch = next(batches)
@@ -106,13 +131,21 @@ def _one_step(run: Run, batches: Iterator[StepBatch], step: int, guard: "_Guard"
     lr = learning_rate(optim, steps, step)
     vision_lr = None if optim.vision_lr is None else learning_rate(optim, steps, step, optim.vision_lr)
     result = train_step(run.chunks, run.optimizer, batch, run.groups, lr=lr, vision_lr=vision_lr, encoder=run.encoder)
-    mine = report(batch, run.groups, stop=bool(run.stop.signal), save=save and run.groups.rank == 0, data_wait_s=waited)
+    mine = report(
+        batch,
+        run.groups,
+        stop=bool(run.stop.signal),
+        save=save and run.groups.rank == 0,
+        data_wait_s=waited,
+        parts=costs.clock.read(),
+        memory=costs.clock.peak_memory(),
+    )
     totals = exchange(mine, run.groups)
     if totals.failed:
         _tell_failed(run, batch)
     guard.count(result, totals)
     if run.metrics is not None:
-        run.metrics.step(_record(run, batch, result, totals, lr, guard.failed, time.monotonic() - began))
+        run.metrics.step(_record(run, batch, result, totals, costs, lr, guard.failed, time.monotonic() - began))
         if result.skipped:
             run.metrics.note(f"step {step + 1}: the update was skipped, {result.skipped}")
     guard.check()
@@ -152,18 +185,34 @@ class _Guard:
 
 
 def _record(
-    run: Run, batch: StepBatch, result: StepResult, totals: StepTotals, lr: float, failed: int, seconds: float
+    run: Run,
+    batch: StepBatch,
+    result: StepResult,
+    totals: StepTotals,
+    costs: _Costs,
+    lr: float,
+    failed: int,
+    seconds: float,
 ) -> StepRecord:
     """The line of one step."""
     losses = {m: result.loss_sums[m] / n if n else None for m, n in result.loss_tokens.items()}
-    counts = StepCounts(
-        images=result.images,
-        tokens=totals.tokens,
-        squared_lengths=totals.squared_lengths,
-        logits=_head_rows(run, result, totals),
+    rows = totals.tokens, result.tokens  # that the head computes, without and with padding
+    if costs.labelled_rows_only:
+        rows = result.supervised_tokens, result.supervised_tokens
+    speed = throughput(
+        run.recipe.model,
+        run.recipe.parallel,
+        costs.trained,
+        counts=StepCounts(
+            images=result.images, tokens=totals.tokens, squared_lengths=totals.squared_lengths, logits=rows[0]
+        ),
+        padded=StepCounts(
+            images=result.images, tokens=result.tokens, squared_lengths=totals.padded_squared_lengths, logits=rows[1]
+        ),
+        seconds=seconds,
+        ranks=run.groups.world_size,
+        peak=run.peak,
     )
-    trained = [name for name, is_trained in TRAINED[run.recipe.stage.number].items() if is_trained]
-    rate = sum(step_flops(run.recipe.model, trained, counts).values()) / seconds / run.groups.world_size
     return StepRecord(
         step=batch.step,
         modality=_modality(batch, run.recipe),
@@ -178,21 +227,15 @@ def _record(
         lr=lr,
         step_time_s=seconds,
         data_wait_s=totals.data_wait_s,
-        tokens_per_s=result.tokens / seconds,
-        tflops=rate / 1e12,
-        mfu=None if run.peak is None else rate / run.peak,
         skipped=bool(result.skipped),
         language_rows=batch.language_rows,
         rows=run.recipe.stage.global_batch,
         failed_samples=failed,
+        parts={**totals.parts, "checkpoint": costs.saving},
+        bubble=totals.bubble,
+        memory_gib=totals.memory / 2**30,
+        **asdict(speed),
     )
-
-
-def _head_rows(run: Run, result: StepResult, totals: StepTotals) -> int:
-    """Positions for which the head is computed: those with a label in the fused operator, else all."""
-    dtype = next(run.chunks[0].parameters()).dtype
-    chosen = choose(run.recipe.kernels, run.groups.device, dtype)["linear_cross_entropy"]
-    return result.supervised_tokens if chosen.implementation == "triton" else totals.tokens
 
 
 def _modality(batch: StepBatch, recipe: Recipe) -> Modality | None:

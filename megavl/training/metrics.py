@@ -21,6 +21,13 @@ SMOOTHING = 0.9
 """Weight of the past in the mean step time from which the time left is told."""
 
 
+SPEEDS = (
+    *("tokens_per_s", "images_per_s", "step_time_s", "data_wait_s", "tflops", "llm_tflops", "hardware_tflops"),
+    *("mfu", "llm_mfu", "hfu", "memory_gib"),
+)
+"""Fields of a record under `speed/` in TensorBoard."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """One line of `metrics.jsonl`. Sums and means are over the global batch; what is not finite is null."""
@@ -53,10 +60,27 @@ class StepRecord:
     """Longest time that a rank waited for its batch."""
     tokens_per_s: float
     """`tokens` / `step_time_s`, all ranks together."""
+    images_per_s: float
+    """`images` / `step_time_s`."""
     tflops: float
     """Model operations (see flops.py) per second and rank, in 1e12."""
+    llm_tflops: float
+    """The language model's part of them."""
+    hardware_tflops: float
+    """Operations carried out per second and rank, in 1e12: with padding, recomputation and repeated encoding."""
     mfu: float | None
-    """`tflops` over the device's peak, or None where that is not known."""
+    """`tflops` over the device's peak, or None where that is not known; so with the next two."""
+    llm_mfu: float | None
+    """`llm_tflops` over the peak."""
+    hfu: float | None
+    """`hardware_tflops` over the peak."""
+    parts: dict[str, float]
+    """Part of the step (see step_clock.py) -> seconds on the rank that takes longest, and `checkpoint`: seconds that
+    training waited for saving since the line before. On a GPU the update is counted in the next line."""
+    bubble: tuple[float, ...]
+    """By pipeline rank: the share of the schedule's time in which it computes nothing."""
+    memory_gib: float
+    """Peak memory of the rank that needs most: tensors on the device in this step; on the CPU the process so far."""
     skipped: bool
     """The update was skipped because loss or gradient was not finite."""
     language_rows: int
@@ -162,9 +186,13 @@ class Metrics:
         for name in ("loss", "loss_language", "loss_multimodal", "grad_norm", "lr", "language_share", "images_spread"):
             if values[name] is not None:
                 self._board.add_scalar(f"train/{name}", values[name], record.step)
-        for name in ("tokens_per_s", "step_time_s", "data_wait_s", "tflops", "mfu"):
+        for name in SPEEDS:
             if values[name] is not None:
                 self._board.add_scalar(f"speed/{name}", values[name], record.step)
+        for part, seconds in record.parts.items():
+            self._board.add_scalar(f"parts/{part}_s", seconds, record.step)
+        for rank, share_idle in enumerate(record.bubble):
+            self._board.add_scalar(f"bubble/pipeline_rank_{rank}", share_idle, record.step)
 
 
 def trim(path: Path, resume_step: int) -> list[dict[str, Any]]:
@@ -193,25 +221,32 @@ def trim(path: Path, resume_step: int) -> list[dict[str, Any]]:
 
 def _line(record: StepRecord, steps: int, left_s: float) -> str:
     """The line of one step, such as
-    `step 12/100  language    loss 3.2100  lr 1.00e-03  grad 0.512  10.2k tok/s  wait 0.01s  left 0:02:03`.
+    `step 12/100  multimodal  loss 3.2100  lr 1.00e-03  grad 0.512  10.2k tok/s  98 img/s  mfu 38.1%  bubble 6%
+    41.2 GiB  wait 0.01s  left 0:02:03`; without images, peak or pipeline their parts are left out.
     """
-    speed = record.tokens_per_s
-    shown = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
     parts = [
         f"step {record.step + 1}/{steps}",
         f"{record.modality or 'mixed':10}",
         f"loss {record.loss:.4f}",
         f"lr {record.lr:.2e}",
         f"grad {record.grad_norm:.3f}",
-        f"{shown} tok/s",
+        f"{_short(record.tokens_per_s)} tok/s",
+        f"{_short(record.images_per_s)} img/s" if record.images else "",
+        f"mfu {100 * record.mfu:.1f}%" if record.mfu is not None else "",
+        f"bubble {100 * max(record.bubble):.0f}%" if len(record.bubble) > 1 else "",
+        f"{record.memory_gib:.1f} GiB",
         f"wait {record.data_wait_s:.2f}s",
         f"left {_clock(left_s)}",
     ]
-    if record.mfu is not None:
-        parts.insert(6, f"mfu {100 * record.mfu:.1f}%")
     if record.skipped:
         parts.append("SKIPPED: not finite")
-    return "  ".join(parts)
+    return "  ".join(part for part in parts if part)
+
+
+def _short(rate: float) -> str:
+    if rate >= 1000:
+        return f"{rate / 1000:.1f}k"
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
 def _clock(seconds: float) -> str:

@@ -7,6 +7,7 @@ Under tensor and pipeline parallelism several ranks read the same rows; one rank
 them. Images that could not be decoded are counted by the ranks that tried.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from megavl.data.microbatch import IGNORE, MicroBatch, StepBatch
 from megavl.parallel.groups import Groups
+from megavl.training.step_clock import PARTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,19 @@ class RankReport:
     """Tokens of this step, padding excluded."""
     squared_lengths: float
     """Sum of squared document lengths, padding excluded."""
+    padded_squared_lengths: float
+    """The same, padding included."""
+    pipeline_rank: float
+    """Where in the pipeline this rank is."""
+    memory: float
+    """Peak bytes."""
+    vision: float
+    """Seconds of the parts of the step (`step_clock.py`), from here on."""
+    forward: float
+    backward: float
+    schedule: float
+    reduction: float
+    optimizer: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +71,29 @@ class StepTotals:
     """Padding excluded."""
     squared_lengths: int
     """Padding excluded."""
+    padded_squared_lengths: int
+    """Padding included."""
+    memory: float
+    """Peak bytes of the rank that needs most."""
+    parts: dict[str, float]
+    """Part of the step -> seconds on the rank that takes longest."""
+    bubble: tuple[float, ...]
+    """By pipeline rank: the share of the schedule's time in which it computes nothing, the mean over its ranks."""
 
 
-def report(batch: StepBatch, groups: Groups, *, stop: bool, save: bool, data_wait_s: float) -> RankReport:
+def report(
+    batch: StepBatch,
+    groups: Groups,
+    *,
+    stop: bool,
+    save: bool,
+    data_wait_s: float,
+    parts: Mapping[str, float],
+    memory: float,
+) -> RankReport:
     """This rank's part of a step."""
     lengths = [document_lengths(micro_batch) for micro_batch in batch.micro_batches]
+    padded = [micro_batch.cu_seqlens.long().diff() for micro_batch in batch.micro_batches]
     return RankReport(
         stop=float(stop),
         save=float(save),
@@ -70,6 +103,10 @@ def report(batch: StepBatch, groups: Groups, *, stop: bool, save: bool, data_wai
         images=float(sum(m.num_images for m in batch.micro_batches)),
         tokens=float(sum(int(of.sum()) for of in lengths)),
         squared_lengths=float(sum(int((of * of).sum()) for of in lengths)),
+        padded_squared_lengths=float(sum(int((of * of).sum()) for of in padded)),
+        pipeline_rank=float(groups.pipeline_rank),
+        memory=memory,
+        **parts,
     )
 
 
@@ -107,4 +144,17 @@ def exchange(mine: RankReport, groups: Groups) -> StepTotals:
         images_spread=int(max(images) - min(images)),
         tokens=int(sum(rank.tokens for rank in counting)),
         squared_lengths=int(sum(rank.squared_lengths for rank in counting)),
+        padded_squared_lengths=int(sum(rank.padded_squared_lengths for rank in counting)),
+        memory=max(rank.memory for rank in everyone),
+        parts={part: max(getattr(rank, part) for rank in everyone) for part in PARTS if part != "schedule"},
+        bubble=_bubble(everyone),
     )
+
+
+def _bubble(everyone: Sequence[RankReport]) -> tuple[float, ...]:
+    """Idle share of each pipeline rank."""
+    idle: dict[float, list[float]] = {}
+    for rank in everyone:
+        whole = rank.schedule + rank.vision + rank.forward + rank.backward
+        idle.setdefault(rank.pipeline_rank, []).append(rank.schedule / whole if whole > 0 else 0.0)
+    return tuple(sum(idle[place]) / len(idle[place]) for place in sorted(idle))

@@ -29,6 +29,7 @@ from megavl.parallel.gradients import finish_parameter_gather, start_parameter_g
 from megavl.parallel.groups import Groups
 from megavl.parallel.vision_ahead import AheadEncoder
 from megavl.training.optimizer import set_learning_rate, update
+from megavl.training.step_clock import timed
 
 _MODALITIES = ("language", "multimodal")
 
@@ -88,13 +89,15 @@ def train_step(
     start_parameter_gather(chunks)
     for chunk in chunks:
         chunk.force_all_reduce = force_all_reduce
-    micro_batches = batch.micro_batches if encoder is None else encoder(batch.micro_batches)
+    with timed(chunks, "vision"):
+        micro_batches = batch.micro_batches if encoder is None else encoder(batch.micro_batches)
     reports = _run(chunks, micro_batches, groups, _training_loss, force_all_reduce=force_all_reduce)
     finish_parameter_gather(chunks)
     totals = _sum_over_ranks(reports, batch.micro_batches, groups)
     loss = totals["loss"] / totals["labels"] if totals["labels"] else math.nan
     set_learning_rate(optimizer, lr, vision_lr)
-    grad_norm, updated = update(optimizer, allowed=math.isfinite(loss))
+    with timed(chunks, "optimizer"):
+        grad_norm, updated = update(optimizer, allowed=math.isfinite(loss))
     return StepResult(
         loss=loss,
         loss_sums={m: totals[f"{m} loss"] for m in _MODALITIES},

@@ -13,23 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megavl.config import Recipe
 from megavl.data.microbatch import StepBatch
-from megavl.model.build import build_stages
 from megavl.model.stage import Stage
-from megavl.ops import make_ops
-from megavl.parallel.gradients import unwrap, wrap_stages
+from megavl.parallel.gradients import unwrap
 from megavl.parallel.groups import Groups
-from megavl.parallel.random_state import seed_everything
-from megavl.parallel.vision_ahead import make_ahead_encoder
-from megavl.training.freeze import apply_freeze, frozen_components
-from megavl.training.optimizer import make_optimizer
-from megavl.training.step import train_step
 from megavl.training.synthetic_batches import Case, global_batch, share
+from megavl.training.synthetic_run import build_run
 
 STAGE = "stage"
 """Name of a whole stage among the modules."""
@@ -59,30 +52,14 @@ def trace_step(recipe: Recipe, groups: Groups, path: Path, *, micro_batches: int
         path: where the Chrome trace goes (open it in chrome://tracing or Perfetto).
         micro_batches: of each data-parallel rank.
     """
-    seed_everything(recipe.stage.seed, groups)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.stage.dtype]
-    ops = make_ops(recipe.kernels, groups.device, dtype)
-    stages = build_stages(
-        recipe.model,
-        recipe.parallel,
-        dtype=dtype,
-        seed=recipe.stage.seed,
-        pg=groups.pg,
-        device=groups.device,
-        ops=ops,
-    )
-    apply_freeze(stages, recipe.stage.number)
-    chunks = wrap_stages(stages, recipe.parallel, groups)
-    optimizer = make_optimizer(chunks, recipe.optim, recipe.parallel, groups)
-    frozen = frozen_components(recipe.stage.number)
-    encoder = make_ahead_encoder(stages, recipe.model, recipe.parallel, groups, frozen=frozen, ops=ops)
+    run = build_run(recipe, groups)
     batch = _batch(recipe, groups, micro_batches)
     on_device = groups.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_device
     for _ in range(2):
-        train_step(chunks, optimizer, batch, groups, lr=recipe.optim.lr, encoder=encoder)
-    with _module_ranges(unwrap(chunks)), profile(activities=activities) as profiler:
-        train_step(chunks, optimizer, batch, groups, lr=recipe.optim.lr, encoder=encoder)
+        run.step(batch)
+    with _module_ranges(unwrap(run.chunks)), profile(activities=activities) as profiler:
+        run.step(batch)
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
     return summarise(list(profiler.events() or ()), on_device=on_device)

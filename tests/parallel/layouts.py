@@ -4,7 +4,8 @@ import torch
 
 from megavl.config import DecoderConfig, ModelConfig, ParallelConfig, SamConfig, SiglipConfig
 from megavl.parallel.groups import init_groups
-from megavl.training.parity import Comparison, Question, run_layout, run_reference
+from megavl.training.parity import Comparison, run_layout
+from megavl.training.reference_steps import Question, run_reference
 from megavl.training.synthetic_batches import CASES, global_batch
 
 TOLERANCE = 1e-5

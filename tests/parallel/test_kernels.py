@@ -14,7 +14,8 @@ from world import World
 from megavl.config import KernelsConfig, ParallelConfig
 from megavl.ops import make_ops
 from megavl.parallel.groups import init_groups
-from megavl.training.parity import Comparison, Question, run_layout, run_reference
+from megavl.training.parity import Comparison, run_layout
+from megavl.training.reference_steps import Question, run_reference
 from megavl.training.synthetic_batches import global_batch
 
 ALL = replace(

@@ -26,7 +26,7 @@ from megavl.parallel.vision_ahead import AheadEncoder, make_ahead_encoder
 from megavl.parallel.vision_placement import TensorGroupImages
 from megavl.training.freeze import apply_freeze, frozen_components
 from megavl.training.optimizer import make_optimizer
-from megavl.training.parity import PARITY_OPTIM
+from megavl.training.reference_steps import PARITY_OPTIM
 from megavl.training.step import forward_only, train_step
 from megavl.training.synthetic_batches import global_batch, share
 

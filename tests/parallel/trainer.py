@@ -15,7 +15,7 @@ from megavl.parallel.groups import Groups, init_groups
 from megavl.parallel.random_state import seed_everything
 from megavl.training.freeze import apply_freeze
 from megavl.training.optimizer import make_optimizer
-from megavl.training.parity import PARITY_OPTIM
+from megavl.training.reference_steps import PARITY_OPTIM
 from megavl.training.step import StepResult, train_step
 from megavl.training.synthetic_batches import Case, global_batch, share
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from megavl.model.vision import sam
 from megavl.model.vision.adaptor import make_adaptor
 from megavl.model.vision.tower import VisionTowers
 from megavl.parallel.groups import Groups, destroy_groups, init_groups
-from megavl.training.flops import StepCounts, decoder_flops, image_flops, peak_flops, step_flops
+from megavl.training.flops import StepCounts, decoder_flops, hardware_flops, image_flops, peak_flops, step_flops
+from megavl.training.synthetic_batches import global_batch
+from megavl.training.throughput import throughput
 
 STAGES = {
     0: (),
@@ -127,6 +130,66 @@ def test_decoder_against_counter(groups: Groups, stage: int) -> None:
     # The counter sees the masked half of the scores too.
     expected = terms["decoder"] + 2 * terms["attention"] + terms["head"]
     assert counted(chunk, text_batch(lengths, model.decoder.vocab)) == expected
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "recompute",
+    [{}, {"recompute": "selective"}, {"recompute": "full", "recompute_vision": True}],
+    ids=["plain", "selective", "full"],
+)
+def test_hardware_operations_against_counter(
+    groups: Groups, stage: int, recompute: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole step of both towers and the decoder: images, two documents, padding and what is computed again."""
+    monkeypatch.setattr(sam, "fold_relative_positions", textbook_relative_positions)
+    monkeypatch.setattr(
+        sam, "resize_bilinear", lambda x, side: functional.interpolate(x, (side, side), mode="bilinear")
+    )
+    model, trained, parallel = tiny("hybrid"), STAGES[stage], ParallelConfig(**recompute)
+    (chunk,) = build_stages(model, parallel, dtype=torch.float32, seed=1, pg=groups.pg, device=torch.device("cpu"))
+    for name, parameter in chunk.named_parameters():
+        parameter.requires_grad_(chunk.component_of(name) in trained)
+    (batch,) = global_batch(model, "packed", micro_batches=1, tokens=128)
+    squares = int((batch.cu_seqlens.long().diff() ** 2).sum())
+    counts = StepCounts(images=batch.num_images, tokens=128, squared_lengths=squares, logits=128)
+    terms = hardware_flops(model, trained, counts, parallel)
+    assert counts.images == 2
+    # The counter sees the masked half of the scores too.
+    assert counted(chunk, batch) == sum(terms.values()) + terms["attention"]
+
+
+def test_hardware_operations_by_hand() -> None:
+    """Every tensor rank encodes every image, windows are padded, language terms grow with recomputation only."""
+    model, trained = SIZES["1.3b_hybrid"], STAGES[2]
+    counts = StepCounts(images=2, tokens=100, squared_lengths=100**2, logits=100)
+    once = step_flops(model, trained, counts)
+    four = hardware_flops(model, trained, counts, ParallelConfig(tensor=4, recompute="full"))
+    assert four["siglip"] == 4 * once["siglip"]
+    assert four["sam"] / once["sam"] == pytest.approx(4 * 965.6 / 935.3, rel=1e-3)
+    assert four["decoder"] / once["decoder"] == pytest.approx(4 / 3)
+    assert four["attention"] / once["attention"] == pytest.approx(4 / 3)
+    assert four["head"] == once["head"]
+
+
+def test_throughput_counts_in_three_ways() -> None:
+    """By hand: a decoder of 2 * (4 * 16^2 + 3 * 16 * 24) * 2 operations a token and layer, trained: three times."""
+    decoder = DecoderConfig(layers=2, hidden=16, heads=2, kv_heads=2, ffn=24, vocab=32)
+    model = dataclasses.replace(SIZES["tiny_hybrid"], decoder=decoder)
+    counts = StepCounts(images=3, tokens=80, squared_lengths=80**2, logits=80)
+    padded = StepCounts(images=3, tokens=100, squared_lengths=80**2 + 20**2, logits=100)
+    language = 3 * (2 * (8 * 16**2 + 6 * 16 * 24) * 80 + 2 * 2 * 16 * 80**2 + 2 * 16 * 32 * 80)
+    images = 3 * sum(image_flops(model, STAGES[2]).values())
+    speed = throughput(model, ParallelConfig(), STAGES[2], counts=counts, padded=padded, seconds=0.5, ranks=4, peak=1e9)
+    assert (speed.tokens_per_s, speed.images_per_s) == (200, 6)
+    assert speed.llm_tflops == pytest.approx(language / 0.5 / 4 / 1e12)
+    assert speed.tflops == pytest.approx((language + images) / 0.5 / 4 / 1e12)
+    assert speed.llm_mfu == pytest.approx(language / 0.5 / 4 / 1e9)
+    assert speed.hardware_tflops > speed.tflops
+    unknown = throughput(
+        model, ParallelConfig(), STAGES[2], counts=counts, padded=padded, seconds=0.5, ranks=4, peak=None
+    )
+    assert (unknown.mfu, unknown.llm_mfu, unknown.hfu) == (None, None, None)
 
 
 def test_published_totals() -> None:

@@ -28,8 +28,16 @@ def record(step: int, **changes: Any) -> StepRecord:
         "step_time_s": 0.5,
         "data_wait_s": 0.01,
         "tokens_per_s": 2000.0,
+        "images_per_s": 0.0,
         "tflops": 0.1,
+        "llm_tflops": 0.1,
+        "hardware_tflops": 0.12,
         "mfu": None,
+        "llm_mfu": None,
+        "hfu": None,
+        "parts": {"forward": 0.1, "backward": 0.2, "checkpoint": 0.0},
+        "bubble": (0.1, 0.25),
+        "memory_gib": 1.5,
         "skipped": False,
         "language_rows": 4,
         "rows": 4,
@@ -118,6 +126,17 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     events.Reload()
     assert [event.value for event in events.Scalars("train/loss")] == [2.5, 2.0]
     assert "speed/mfu" not in events.Tags()["scalars"]
+    assert [event.value for event in events.Scalars("parts/backward_s")] == pytest.approx([0.2, 0.2])
+    assert [event.value for event in events.Scalars("bubble/pipeline_rank_1")] == [0.25, 0.25]
+
+
+def test_one_line_stays_readable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics(tmp_path, 100_000, PLAIN)
+    metrics.step(record(41_999, modality="multimodal", images=9216, images_per_s=1234.5, mfu=0.4123, memory_gib=71.3))
+    metrics.close()
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "1.2k img/s  mfu 41.2%  bubble 25%  71.3 GiB" in line
+    assert len(line) <= 150
 
 
 def test_trim_without_a_file(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What ranks tell each other: one rank per data-parallel copy counts, any rank may ask to stop, padding is left out."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megavl.data.microbatch import EVERY_IMAGE, IGNORE, ImageShare, MicroBatch, StepBatch
 from megavl.training.rank_report import RankReport, document_lengths, exchange, own_failures, report
+from megavl.training.step_clock import PARTS
 
 
 def micro_batch(lengths: list[int], padding: int, images: int = 0) -> MicroBatch:
@@ -32,6 +33,9 @@ def micro_batch(lengths: list[int], padding: int, images: int = 0) -> MicroBatch
     )
 
 
+PARTS_OF_A_STEP = dict(zip(PARTS, (1.0, 2.0, 4.0, 3.0, 0.5, 0.25), strict=True))
+
+
 @pytest.mark.parametrize(("lengths", "padding"), [([4, 3], 0), ([4, 3], 5), ([4], 1), ([], 6)])
 def test_padding_is_left_out(lengths: list[int], padding: int) -> None:
     assert document_lengths(micro_batch(lengths, padding)).tolist() == lengths
@@ -45,9 +49,20 @@ def test_own_report() -> None:
         failed=("bad",),
     )
     groups: Any = SimpleNamespace(tensor_rank=1, pipeline_rank=0, is_first_stage=True)
-    mine = report(batch, groups, stop=True, save=False, data_wait_s=0.5)
+    mine = report(batch, groups, stop=True, save=False, data_wait_s=0.5, parts=PARTS_OF_A_STEP, memory=2e9)
     assert mine == RankReport(
-        stop=1, save=0, data_wait_s=0.5, counts=0, failed=0, images=3, tokens=13, squared_lengths=16 + 9 + 36
+        stop=1,
+        save=0,
+        data_wait_s=0.5,
+        counts=0,
+        failed=0,
+        images=3,
+        tokens=13,
+        squared_lengths=16 + 9 + 36,
+        padded_squared_lengths=16 + 9 + 25 + 36,
+        pipeline_rank=0,
+        memory=2e9,
+        **PARTS_OF_A_STEP,
     )
 
 
@@ -67,11 +82,12 @@ def test_each_bad_image_has_one_rank_to_answer_for_it(share: ImageShare, answeri
 
 def test_totals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two copies of two ranks: ranks 0 and 2 count, failures where they were met."""
+    # After the counts: padded squared lengths, pipeline rank, memory, then vision, forward, backward, schedule, ...
     rows = [
-        [0, 1, 0.1, 1, 1, 5, 100, 1000],
-        [0, 0, 0.2, 0, 1, 5, 100, 1000],
-        [0, 0, 0.9, 1, 1, 1, 40, 400],
-        [1, 0, 0.3, 0, 0, 1, 40, 400],
+        [0, 1, 0.1, 1, 1, 5, 100, 1000, 1100, 0, 5e9, 1.0, 2.0, 4.0, 3.0, 0.5, 0.1],
+        [0, 0, 0.2, 0, 1, 5, 100, 1000, 1100, 1, 7e9, 0.0, 2.5, 5.0, 2.5, 0.5, 0.2],
+        [0, 0, 0.9, 1, 1, 1, 40, 400, 500, 0, 5e9, 0.0, 2.0, 3.0, 5.0, 0.9, 0.1],
+        [1, 0, 0.3, 0, 0, 1, 40, 400, 500, 1, 5e9, 0.0, 2.0, 6.0, 2.0, 0.5, 0.1],
     ]
 
     def all_gather(received: list[torch.Tensor], sent: torch.Tensor, group: Any) -> None:
@@ -80,8 +96,12 @@ def test_totals(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dist, "all_gather", all_gather)
     groups: Any = SimpleNamespace(world_size=4, gloo_world=None)
-    names = ("stop", "save", "data_wait_s", "counts", "failed", "images", "tokens", "squared_lengths")
+    names = [field.name for field in fields(RankReport)]
     totals = exchange(RankReport(**dict(zip(names, rows[0], strict=True))), groups)
     assert (totals.stop, totals.save, totals.failed, totals.images_spread) == (True, True, 3, 4)
     assert (totals.tokens, totals.squared_lengths) == (140, 1400)
     assert totals.data_wait_s == pytest.approx(0.9)
+    assert (totals.padded_squared_lengths, totals.memory) == (1600, 7e9)
+    longest = {"vision": 1.0, "forward": 2.5, "backward": 6.0, "reduction": 0.9, "optimizer": 0.2}
+    assert totals.parts == pytest.approx(longest)
+    assert totals.bubble == pytest.approx(((0.3 + 0.5) / 2, (0.25 + 0.2) / 2))
