@@ -111,16 +111,31 @@ def part_costs(case: Case, counts: StepCounts) -> dict[str, PartCost]:
 
 def stage_times(case: Case, counts: StepCounts) -> StageTimes:
     """Seconds of one micro-batch on every pipeline stage."""
-    costs, split = part_costs(case, counts), split_layers(case.model.decoder.layers, case.parallel)
-    inside = [name for name in (*VISION, "embedding") if name not in ahead_parts(case)]
-    first, last = [costs[n] for n in inside if n in costs], [costs["head"], costs["loss"]]
-    forward = [layers * costs["layer"].forward_s for layers in split]
-    backward = [layers * costs["layer"].backward_s for layers in split]
-    forward[0] += sum(part.forward_s for part in first)
-    backward[0] += sum(part.backward_s for part in first)
-    forward[-1] += sum(part.forward_s for part in last)
-    backward[-1] += sum(part.backward_s for part in last)
-    return StageTimes(forward=tuple(forward), backward=tuple(backward), transfer=transfer_s(case, counts.tokens))
+    pieces, split = stage_pieces(case, counts), split_layers(case.model.decoder.layers, case.parallel)
+    directions = []
+    for direction in (0, 1):
+        seconds = [layers * pieces["layer"][direction] for layers in split]
+        seconds[0] += pieces["first"][direction]
+        seconds[-1] += pieces["last"][direction]
+        directions.append(tuple(seconds))
+    return StageTimes(forward=directions[0], backward=directions[1], transfer=transfer_s(case, counts.tokens))
+
+
+def stage_pieces(case: Case, counts: StepCounts) -> dict[str, tuple[float, float]]:
+    """Seconds, (forward, backward), of what stages are made of.
+
+    They are one decoder `layer`, what the `first` stage has besides, and what the `last` one has.
+    """
+    costs, ahead = part_costs(case, counts), ahead_parts(case)
+    parts = {
+        "layer": ["layer"],
+        "first": [name for name in (*VISION, "embedding") if name in costs and name not in ahead],
+        "last": ["head", "loss"],
+    }
+    return {
+        piece: (sum(costs[n].forward_s for n in names), sum(costs[n].backward_s for n in names))
+        for piece, names in parts.items()
+    }
 
 
 def ahead_parts(case: Case) -> tuple[str, ...]:

@@ -1,9 +1,11 @@
 """The order in which a pipeline rank works: megatron-core's 1F1B and interleaved schedules, as lists.
 
-In: rank, pipeline size, chunks per rank, micro-batches. Out: the rank's forward and backward passes in order, and how
-many forward passes come before the first backward one.
+In: rank, pipeline size, chunks per rank, micro-batches. Out: the rank's forward and backward passes in order, and what
+it holds between the two.
+Shapes: m micro-batches, s stages; stage s lies on rank s % pipeline, chunk s // pipeline.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 

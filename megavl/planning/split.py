@@ -65,16 +65,29 @@ def _fronts(
     loads: Sequence[StageLoad], layers: int, ranks: int, virtual: int, room: Sequence[int]
 ) -> set[tuple[float, ...]]:
     """Maxima by kind of step of the splits that no other split beats in every kind."""
+    limit = _even_seconds(loads, layers, ranks, room) + EPSILON
     placed: dict[int, set[tuple[float, ...]]] = {0: {(0.0,) * len(loads)}}
     for rank in range(ranks):
         after: dict[int, set[tuple[float, ...]]] = {}
         for done, front in placed.items():
             for count in range(virtual, min(room[rank], layers - done) + 1):
                 own = [load.rank_seconds(rank, ranks, count) for load in loads]
+                if _expected(loads, own) > limit:  # maxima only grow
+                    break
                 reached = {tuple(max(a, b) for a, b in zip(maxima, own, strict=True)) for maxima in front}
-                after.setdefault(done + count, set()).update(reached)
+                after.setdefault(done + count, set()).update(r for r in reached if _expected(loads, r) <= limit)
         placed = {done: _unbeaten(front) for done, front in after.items()}
     return placed[layers]
+
+
+def _even_seconds(loads: Sequence[StageLoad], layers: int, ranks: int, room: Sequence[int]) -> float:
+    """Expected maximum of the even split, which the best one does not exceed; infinite if ranks lack the room."""
+    base, left = divmod(layers, ranks)
+    counts = [base + (rank < left) for rank in range(ranks)]
+    if any(count > most for count, most in zip(counts, room, strict=True)):
+        return float("inf")
+    seconds = ([load.rank_seconds(rank, ranks, count) for rank, count in enumerate(counts)] for load in loads)
+    return _expected(loads, [max(row) for row in seconds])
 
 
 def _unbeaten(front: set[tuple[float, ...]]) -> set[tuple[float, ...]]:
