@@ -9,6 +9,7 @@ few are then run on paper, which includes transfers as the schedule meets them.
 """
 
 import dataclasses
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,6 @@ from megavl.planning.estimate import Batch, StepEstimate, Workload, estimate_ste
 from megavl.planning.hardware import GIB
 from megavl.planning.memory import RankMemory, rank_memory
 from megavl.planning.split import best_split
-from megavl.training.flops import StepCounts
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill; the rest is for the runtime, buffers of collectives, fragments."""
@@ -128,9 +128,22 @@ def search(
             f"{least.peak_bytes / USABLE / GIB:.1f} GiB (tensor {least.case.parallel.tensor}, pipeline "
             f"{least.case.parallel.pipeline}, split {least.case.parallel.layout}); recompute more or take more ranks"
         )
-    fitting.sort(key=_order)
-    best = [plan_layout(plan.case, mix, plan.batch) for plan in fitting[:SIMULATED]]
-    return sorted(best, key=_order) + fitting[SIMULATED:]
+    return _simulate_best(fitting, mix)
+
+
+def _simulate_best(plans: Sequence[Plan], mix: Sequence[Workload]) -> list[Plan]:
+    """All plans in order, of which the first `SIMULATED` have run on paper."""
+    queue = [(_order(plan), False, number, plan) for number, plan in enumerate(plans)]
+    heapq.heapify(queue)
+    ordered = []
+    while queue:
+        _, simulated, number, plan = heapq.heappop(queue)
+        if simulated or len(ordered) >= SIMULATED:
+            ordered.append(plan)
+        else:
+            run = plan_layout(plan.case, mix, plan.batch)
+            heapq.heappush(queue, (_order(run), True, number, run))
+    return ordered
 
 
 def _order(plan: Plan) -> tuple[float, int, int, int]:
@@ -145,8 +158,8 @@ def _candidates(
     """Every layout and cut of the batch that divides."""
     decoder, given = case.model.decoder, case.parallel
     shared = (decoder.heads, decoder.kv_heads, decoder.ffn, decoder.vocab)
-    tensors = [t for t in range(1, case.hardware.node + 1) if not any(size % t for size in shared)]
-    for tensor in [given.tensor] if "tensor" in fixed else tensors:
+    tensors = [given.tensor] if "tensor" in fixed else range(1, case.hardware.node + 1)
+    for tensor in (t for t in tensors if not any(size % t for size in shared)):
         pipelines = [given.pipeline] if "pipeline" in fixed else range(1, decoder.layers + 1)
         for pipeline in (p for p in pipelines if gpus % (tensor * p) == 0):
             data = gpus // (tensor * pipeline)
@@ -172,13 +185,9 @@ def _with_split(case: Case, split: Sequence[int]) -> Case:
 def _memory(case: Case, mix: Sequence[Workload], batch: Batch) -> list[RankMemory]:
     """By pipeline rank, the larger of the kinds of step."""
     kinds = [
-        rank_memory(case, _row_counts(w, batch), micro_batches=batch.micro_batches, data=batch.data) for w in mix
+        rank_memory(case, w.counts(batch.micro_batch), micro_batches=batch.micro_batches, data=batch.data) for w in mix
     ]
     return [max(ranks, key=lambda rank: rank.total) for ranks in zip(*kinds, strict=True)]
-
-
-def _row_counts(workload: Workload, batch: Batch) -> StepCounts:
-    return workload.counts(batch.micro_batch)
 
 
 def _caps(plan: Plan) -> list[int]:
