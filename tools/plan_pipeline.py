@@ -74,7 +74,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--hardware", choices=HARDWARE, default="h200", help="assumed rates (default h200)")
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device instead of the hardware's")
     parser.add_argument("--calibration", metavar="FILE", help="rates that --calibrate measured")
-    parser.add_argument("--calibrate", metavar="FILE", help="time the modules on this machine, write FILE, plan with it")
+    parser.add_argument(
+        "--calibrate", metavar="FILE", help="time the modules on this machine, write FILE, plan with it"
+    )
     parser.add_argument("--calibrate-tokens", type=int, default=1024, help="tokens of the timed layer (default 1024)")
     parser.add_argument("--timeline", action="append", metavar="FILE", help="draw the step: .png or .html (repeatable)")
     parser.add_argument("--top", type=int, default=8, help="layouts to list (default 8)")

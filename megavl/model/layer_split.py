@@ -22,7 +22,9 @@ def split_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
         first_served = [*range(1, stages - 1), *({stages - 1} - {0}), 0][:left]
         return tuple(base + (stage in first_served) for stage in range(stages))
     if parallel.layout == "auto":
-        raise ValueError("parallel.layout auto is planned when training starts; here write layers per stage, as 8,8,8,6")
+        raise ValueError(
+            "parallel.layout auto is planned when training starts; here write layers per stage, as 8,8,8,6"
+        )
     parts = [part.strip() for part in parallel.layout.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"parallel.layout is {parallel.layout!r}; write decoder layers per stage, such as `8,8,8,6`")

@@ -227,7 +227,7 @@ def _decoder_costs(case: Case, counts: StepCounts) -> dict[str, PartCost]:
     elements = counts.tokens * decoder.hidden
     logits = counts.logits * decoder.vocab / tensor
     moved = logits * LOSS_BYTES[case.fused("linear_cross_entropy")] / 2 / case.hardware.bandwidth
-    # Two collectives over the tensor group in a layer's forward pass, two in its backward pass; `full` repeats the first.
+    # Two collectives over the tensor group in a layer's forward pass, two in its backward pass; `full` repeats two.
     shared = 2 * all_reduce_s(case.hardware, elements * case.element, tensor)
     repeated = shared if case.parallel.recompute == "full" else 0.0
     forward_work, backward_work = (layer + attention) / tensor, (per_layer - layer - attention + again) / tensor

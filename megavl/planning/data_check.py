@@ -64,8 +64,8 @@ def _store_problems(recipe: Recipe, source: SourceConfig, store: Store) -> Itera
     long = lengths > limit
     if long.any():
         yield (
-            f"source {source.name}: {int(long.sum())} of {len(lengths)} samples are longer than data.seq_length {limit}; "
-            f"the longest, sample {int(lengths.argmax())}, has {int(lengths.max())} tokens"
+            f"source {source.name}: {int(long.sum())} of {len(lengths)} samples are longer than data.seq_length {limit}"
+            f"; the longest, sample {int(lengths.argmax())}, has {int(lengths.max())} tokens"
         )
     if recipe.data.length_counts == "all":
         room = limit // per_image
@@ -73,8 +73,8 @@ def _store_problems(recipe: Recipe, source: SourceConfig, store: Store) -> Itera
         if many.any():
             yield (
                 f"source {source.name}: {int(many.sum())} of {len(lengths)} samples hold more images than fit, up to "
-                f"{int(np.asarray(store.image_counts).max())}; data.seq_length {limit} has room for {room} of {per_image} "
-                "tokens, and an image is never cut"
+                f"{int(np.asarray(store.image_counts).max())}; data.seq_length {limit} has room for {room} of "
+                f"{per_image} tokens, and an image is never cut"
             )
     empty = int((lengths < 1).sum())
     if empty:
@@ -85,12 +85,12 @@ def _store_lines(source: SourceConfig, store: Store) -> Iterator[str]:
     lengths, images = np.asarray(store.lengths), np.asarray(store.image_counts)
     yield (
         f"{source.name}: {source.modality}, share {100 * source.share:.2f}%, {store.num_samples:,} samples, "
-        f"{int(lengths.sum()):,} stored tokens, {int(images.sum()):,} images (up to {int(images.max(initial=0))} a sample)"
+        f"{int(lengths.sum()):,} stored tokens, {int(images.sum()):,} images (up to "
+        f"{int(images.max(initial=0))} a sample)"
     )
-    rejected = (store.manifest or {}).get("rejected") or {}
-    total = sum(rejected.values()) if isinstance(rejected, dict) else len(rejected)
-    if total:
-        yield f"{source.name}: {total:,} inputs were rejected when the store was built (see its manifest)"
+    rejected = store.manifest["counts"]["rejected"] if store.manifest else 0
+    if rejected:
+        yield f"{source.name}: {rejected:,} inputs were rejected when the store was built (reasons in its manifest)"
 
 
 def _plan_lines(recipe: Recipe, report: DataReport) -> list[str]:
@@ -107,7 +107,7 @@ def _plan_lines(recipe: Recipe, report: DataReport) -> list[str]:
         # What of the mean share is lost to a modality warm-up is by design; a source that never comes is not.
         if drawn < 1:
             report.problems.append(
-                f"source {source.name}: its share {source.share:g} of {rows} rows comes to {wanted:.2f}, and the run draws "
-                f"{drawn} rows of it; give it a larger share or more steps"
+                f"source {source.name}: its share {source.share:g} of {rows} rows comes to {wanted:.2f}, and the run "
+                f"draws {drawn} rows of it; give it a larger share or more steps"
             )
     return describe_plan(plan)

@@ -1,7 +1,7 @@
 """Seconds of a whole step, by kind of step, from the parts: towers ahead of the schedule, pipeline, reduction, update.
 
-In: a `Case`, the kinds of step that the training stage mixes, batch and ranks. Out: a `StepEstimate`, and the loads from
-which a split is chosen. These are estimates: no data wait, no host overhead, perfect overlap where overlap is on.
+In: a `Case`, the kinds of step that the training stage mixes, batch and ranks. Out: a `StepEstimate`, and the loads
+from which a split is chosen. These are estimates: no data wait, no host overhead, perfect overlap where overlap is on.
 """
 
 from collections.abc import Sequence

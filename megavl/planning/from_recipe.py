@@ -112,12 +112,13 @@ def recipe_mix(recipe: Recipe, stores: Mapping[str, SampleStore]) -> list[Worklo
 
 def _mean(rows: Sequence[StepCounts], weights: Sequence[float]) -> StepCounts:
     """Rounded mean; a row of a source with images keeps at least one."""
-    means = {
+    means: dict[str, float] = {
         field.name: sum(w * getattr(row, field.name) for w, row in zip(weights, rows, strict=True))
         for field in dataclasses.fields(StepCounts)
     }
-    means["images"] = max(means["images"], 1.0) if means["images"] else 0.0
-    return StepCounts(**{name: round(value) for name, value in means.items()})
+    rounded = {name: round(value) for name, value in means.items()}
+    rounded["images"] = max(rounded["images"], 1) if means["images"] else 0
+    return StepCounts(**rounded)
 
 
 def _mean_row(recipe: Recipe, source: SourceConfig, store: SampleStore | None) -> StepCounts:

@@ -23,13 +23,18 @@ from megavl.planning.search import USABLE, Plan, plan_layout, plan_split
 from megavl.recipe import parse_command_line
 from megavl.training.freeze import TRAINED
 
+FASTER = 0.01
+"""Another split is named if the given one takes this much longer."""
+
 
 def dry_run(arguments: Sequence[str]) -> int:
     """Print what a run would be; returns the exit status."""
     parser = argparse.ArgumentParser(prog="megavl.train RECIPE.py --dry-run", allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true", help="look at the run without starting it")
     parser.add_argument("--gpus", type=int, required=True, help="ranks that the run would have")
-    parser.add_argument("--hardware", choices=HARDWARE, help="assumed rates (default h200; cpu where the recipe says so)")
+    parser.add_argument(
+        "--hardware", choices=HARDWARE, help="assumed rates (default h200; cpu where the recipe says so)"
+    )
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device instead of the hardware's")
     parser.add_argument("--calibration", metavar="FILE", help="measured rates (default: calibration.json of the run)")
     options, rest = parser.parse_known_args(arguments)
@@ -62,14 +67,14 @@ def preflight(recipe: Recipe, gpus: int, hardware: Hardware) -> tuple[list[str],
     """
     data = check_data(recipe)
     problems = [*validate(recipe), *data.problems]
-    plan, layout_problems = _plan(recipe, gpus, hardware, data)
+    plan, advice, layout_problems = _plan(recipe, gpus, hardware, data)
     problems += layout_problems
     lines = [f"{gpus} ranks, {recipe.stage.steps:,} steps of {recipe.stage.global_batch:,} rows, training stage "
              f"{recipe.stage.number}"]  # fmt: skip
     if plan is not None:
-        lines += ["", "PLAN", *plan_lines(plan), "", "TIME", *_time_lines(recipe, plan)]
+        lines += ["", "PLAN", *plan_lines(plan), *advice, "", "TIME", *_time_lines(recipe, plan)]
         problems += _memory_problems(plan)
-    lines += ["", "DATA", *data.lines]
+    lines += ["", "DATA", *(data.lines or ["no source could be read; rows are taken as full"])]
     size = checkpoint_bytes(recipe)
     lines += ["", "CHECKPOINTS", *_checkpoint_lines(recipe, size, plan)]
     return lines, list(dict.fromkeys([*problems, *_disk_problems(recipe, size)]))
@@ -91,17 +96,26 @@ def _hardware(recipe: Recipe, options: argparse.Namespace) -> Hardware:
     return dataclasses.replace(found, memory_gib=options.memory) if options.memory else found
 
 
-def _plan(recipe: Recipe, gpus: int, hardware: Hardware, data: DataReport) -> tuple[Plan | None, list[str]]:
-    """The layout with its costs, or what is wrong with it."""
+def _plan(recipe: Recipe, gpus: int, hardware: Hardware, data: DataReport) -> tuple[Plan | None, list[str], list[str]]:
+    """The layout with its costs, what would be faster, and what is wrong with it."""
     auto = recipe.parallel.layout == "auto"
     plain = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, layout="")) if auto else recipe
     problems = check_layout(plain, gpus)
     mix = recipe_mix(recipe, data.stores)
     if problems or not mix:
-        return None, problems
+        return None, [], problems
     case, batch = recipe_case(plain, hardware), recipe_batch(plain, gpus)
-    chosen = plan_split(case, mix, batch) if auto else None
-    return plan_layout(chosen.case if chosen else case, mix, batch), []
+    best = plan_split(case, mix, batch)
+    if best is None or (auto and best.case.parallel.pipeline == 1):
+        return plan_layout(case, mix, batch), [], []
+    best = plan_layout(best.case, mix, batch)
+    if auto:
+        return best, [], []
+    plan = plan_layout(case, mix, batch)
+    gain = plan.expected_s / best.expected_s - 1
+    layout = best.case.parallel.layout
+    advice = [f"parallel.layout {layout} is estimated to be {100 * gain:.1f}% faster"] if gain > FASTER else []
+    return plan, advice, []
 
 
 def _memory_problems(plan: Plan) -> list[str]:
@@ -119,8 +133,8 @@ def _time_lines(recipe: Recipe, plan: Plan) -> list[str]:
     """The whole run."""
     seconds = recipe.stage.steps * plan.expected_s
     return [
-        f"about {_duration(seconds)} for {recipe.stage.steps:,} steps (estimate from {plan.case.hardware.origin}; without "
-        "data waits, checkpoints and held-out measurements)"
+        f"about {_duration(seconds)} for {recipe.stage.steps:,} steps (estimate from {plan.case.hardware.origin}; "
+        "without data waits, checkpoints and held-out measurements)"
     ]
 
 

@@ -64,7 +64,8 @@ def step_lines(plan: Plan) -> list[str]:
         tokens = step.workload.row.tokens * plan.batch.rows / step.step_s
         mfu = f", MFU {100 * step.flops / step.step_s / gpus / peak:.1f}%" if peak else ""
         lines.append(
-            f"{step.workload.name} step ({100 * step.workload.share:.0f}%): {1e3 * step.step_s:.1f} ms ({where}); idle "
+            f"{step.workload.name} step ({100 * step.workload.share:.0f}%; a row is {step.workload.row.tokens} tokens, "
+            f"{step.workload.row.images} images): {1e3 * step.step_s:.1f} ms ({where}); idle "
             f"{'/'.join(f'{100 * max(0.0, share):.1f}' for share in idle)}% by rank; {tokens:,.0f} tokens/s{mfu}"
         )
     return [*lines, f"expected step over the shares: {1e3 * plan.expected_s:.1f} ms"]

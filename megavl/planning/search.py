@@ -1,7 +1,7 @@
 """Find the layout with the shortest expected step for a number of ranks and a memory size.
 
-In: a `Case` whose layout is to be chosen, the kinds of step with their shares, ranks, rows of a step. Out: `Plan`s, best
-first. A static layout serves text steps and image steps alike, so what counts is the mean over the shares.
+In: a `Case` whose layout is to be chosen, the kinds of step with their shares, ranks, rows of a step. Out: `Plan`s,
+best first. A static layout serves text steps and image steps alike, so what counts is the mean over the shares.
 
 Tried: tensor sizes that divide the model and stay within a node, pipeline sizes, chunks per rank, micro-batches. For
 each the split comes from `best_split` under what memory allows. All candidates are ranked by the closed form; the best
@@ -135,7 +135,7 @@ def _simulate_best(plans: Sequence[Plan], mix: Sequence[Workload]) -> list[Plan]
     """All plans in order, of which the first `SIMULATED` have run on paper."""
     queue = [(_order(plan), False, number, plan) for number, plan in enumerate(plans)]
     heapq.heapify(queue)
-    ordered = []
+    ordered: list[Plan] = []
     while queue:
         _, simulated, number, plan = heapq.heappop(queue)
         if simulated or len(ordered) >= SIMULATED:
@@ -205,8 +205,8 @@ def _caps(plan: Plan) -> list[int]:
 def parallel_fields(parallel: ParallelConfig, batch: Batch) -> list[str]:
     """The fields of a recipe that make this plan, as options of a command line."""
     default = ParallelConfig()
-    names = ("tensor", "pipeline", "virtual_pipeline", "layout", "sequence", "vision", "recompute")
-    names += ("recompute_vision", "distributed_optimizer", "overlap_grad_reduce")
+    names = ["tensor", "pipeline", "virtual_pipeline", "layout", "sequence", "vision", "recompute"]
+    names += ["recompute_vision", "distributed_optimizer", "overlap_grad_reduce"]
     fields = [
         f"--parallel.{name} {getattr(parallel, name)}"
         for name in names

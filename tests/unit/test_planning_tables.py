@@ -103,7 +103,7 @@ ROWS = [
     *((7, FUSED_IMAGE_S, True, *row) for row in MANY),
     *((7, EAGER_IMAGE_S, False, *row) for row in MANY_EAGER),
 ]
-"""(images, seconds per image, fused loss, pipeline, best split, efficiency even and best, what the even split costs)."""
+"""(images, seconds per image, fused loss, pipeline, best split, efficiencies, what the even split costs)."""
 
 
 @pytest.mark.parametrize(("images", "image_s", "loss", "pipeline", "best", "even", "reached", "costs"), ROWS)

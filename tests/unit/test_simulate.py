@@ -128,9 +128,7 @@ def test_interleaved_against_repeated_relaxation() -> None:
     pipeline, virtual, micro_batches, transfer = 4, 2, 8, 0.25
     draw = random.Random(3)
     stages = pipeline * virtual
-    forward, backward = (
-        [[draw.uniform(1, 3) for _ in range(stages)] for _ in range(micro_batches)] for _ in range(2)
-    )
+    forward, backward = ([[draw.uniform(1, 3) for _ in range(stages)] for _ in range(micro_batches)] for _ in range(2))
     step = simulate(forward, backward, pipeline=pipeline, virtual=virtual, transfer=transfer)
     orders = [rank_tasks(rank, pipeline, virtual, micro_batches) for rank in range(pipeline)]
     end = {(t.backward, t.micro_batch, t.chunk * pipeline + r): 0.0 for r, order in enumerate(orders) for t in order}
