@@ -112,13 +112,17 @@ def recipe_mix(recipe: Recipe, stores: Mapping[str, SampleStore]) -> list[Worklo
 
 def _mean(rows: Sequence[StepCounts], weights: Sequence[float]) -> StepCounts:
     """Rounded mean; a row of a source with images keeps at least one."""
-    means: dict[str, float] = {
-        field.name: sum(w * getattr(row, field.name) for w, row in zip(weights, rows, strict=True))
-        for field in dataclasses.fields(StepCounts)
-    }
-    rounded = {name: round(value) for name, value in means.items()}
-    rounded["images"] = max(rounded["images"], 1) if means["images"] else 0
-    return StepCounts(**rounded)
+
+    def mean(name: str) -> float:
+        return sum(weight * getattr(row, name) for weight, row in zip(weights, rows, strict=True))
+
+    images = mean("images")
+    return StepCounts(
+        images=max(round(images), 1) if images else 0,
+        tokens=round(mean("tokens")),
+        squared_lengths=round(mean("squared_lengths")),
+        logits=round(mean("logits")),
+    )
 
 
 def _mean_row(recipe: Recipe, source: SourceConfig, store: SampleStore | None) -> StepCounts:
@@ -133,10 +137,10 @@ def _mean_row(recipe: Recipe, source: SourceConfig, store: SampleStore | None) -
         squared = full * float((lengths**2).sum() / max(lengths.sum(), 1.0))
         return StepCounts(images=0, tokens=full, squared_lengths=round(squared), logits=full)
     lengths = counted_lengths(store, per_image, text_only=False).astype(np.float64)
-    images = float(np.asarray(store.image_counts).mean())
+    mean_images = float(np.asarray(store.image_counts).mean())
     samples = max(1.0, full / lengths.mean()) if recipe.data.packing else 1.0
     tokens = samples * lengths.mean()
     squared = samples * (lengths**2).mean() if recipe.data.separate_documents else tokens**2
     return StepCounts(
-        images=round(samples * images), tokens=round(tokens), squared_lengths=round(squared), logits=round(tokens)
+        images=round(samples * mean_images), tokens=round(tokens), squared_lengths=round(squared), logits=round(tokens)
     )

@@ -2,8 +2,8 @@
 
 In: a `Plan`. Out: a PNG, or an HTML page that needs nothing else (SVG with a tooltip per pass, and the plan's table).
 One panel per kind of step. Forward passes are blue, backward passes orange, lighter for later chunks of a rank; white
-is waiting. A long step is drawn with `MOST` micro-batches, and its title says so; the share of waiting beside each rank is
-that of the whole step.
+is waiting. A long step is drawn with `MOST` micro-batches, and its title says so; the share of waiting beside each rank
+is that of the whole step.
 """
 
 import html

@@ -84,8 +84,8 @@ def test_a_share_that_no_row_comes_of(tmp_path: Path) -> None:
     data = dataclasses.replace(recipe.data, sources=(*kept, source(rare, "language", 0.0001)))
     _, problems = preflight.preflight(dataclasses.replace(recipe, data=data), 2, HARDWARE["cpu"])
     assert problems == [
-        "source rare: its share 0.0001 of 160 rows comes to 0.02, and the run draws 0 rows of it; give it a larger share "
-        "or more steps"
+        "source rare: its share 0.0001 of 160 rows comes to 0.02, and the run draws 0 rows of it; give it a "
+        "larger share or more steps"
     ]
 
 
