@@ -1,4 +1,4 @@
-"""Run megatron-core's real pipeline schedule with stages that only wait, and time it: a check of `planning/simulate.py`.
+"""Run megatron-core's real pipeline schedule with stages that only wait, and time it: a check of `simulate.py`.
 
 In: seconds of every stage for every micro-batch, the groups of a started world. Out: seconds of the step as it ran,
 with real messages between real processes. Stages sleep instead of computing, so ranks do not compete for the cores of
