@@ -4,8 +4,8 @@ r"""What grouping rows by modality is worth (`data.grouping`): `none`, `microbat
     python tools/bench_grouping.py --simulate --model 1.3b --vision-kernel reference
 
 `--simulate` runs the schedule on paper for every data-parallel rank and step; times are estimates from assumed rates.
-It prints the gain over shuffled rows and what it is made of: computing, padding, pipeline bubble, waiting for the slowest
-data-parallel rank.
+It prints the gain over shuffled rows and what it is made of: computing, padding, pipeline bubble, waiting for the
+slowest data-parallel rank.
 """
 
 import argparse
@@ -65,7 +65,9 @@ def simulate_scales(options: argparse.Namespace) -> int:
                 case, RowSizes(packed=packed), data=data, micro_batches=micro_batches, steps=options.steps,
                 language_share=options.language_share,
             )  # fmt: skip
-            print(f"\ndata {data} x pipeline {pipeline} ({layout or 'whole'}), {micro_batches} micro-batches, rows {kind}")
+            print(
+                f"\ndata {data} x pipeline {pipeline} ({layout or 'whole'}), {micro_batches} micro-batches, rows {kind}"
+            )
             print("\n".join(grouping_lines(times)))
     return 0
 

@@ -11,7 +11,6 @@ Shapes: t tokens, h hidden, i = 1 image.
 
 import dataclasses
 import json
-import statistics
 import time
 from collections.abc import Callable
 from datetime import date
@@ -33,7 +32,7 @@ from megavl.training.flops import StepCounts, decoder_flops, image_flops
 from megavl.training.freeze import COMPONENTS
 
 REPEATS = 5
-"""Timed runs of a part, after one that is not; the median counts."""
+"""Timed runs of a part, after one that is not; the fastest counts, as others may have shared the machine."""
 SAM_ADAPTOR = ("sam neck_hd", "sam convolutions", "sam_hd convolutions")
 """Terms of an image that belong to SAM's trained branch."""
 
@@ -149,7 +148,7 @@ def _decoder_seconds(stage: Stage, tokens: int, dtype: torch.dtype) -> dict[str,
 
 
 def time_part(run: Callable[[], Tensor], device: torch.device) -> Seconds:
-    """Median seconds of a part's forward and backward pass."""
+    """Least seconds of a part's forward and of its backward pass."""
     taken: dict[str, list[float]] = {"forward": [], "backward": []}
     for attempt in range(REPEATS + 1):
         marks = [_now(device)]
@@ -160,7 +159,7 @@ def time_part(run: Callable[[], Tensor], device: torch.device) -> Seconds:
         if attempt:
             taken["forward"].append(marks[1] - marks[0])
             taken["backward"].append(marks[2] - marks[1])
-    return {direction: statistics.median(values) for direction, values in taken.items()}
+    return {direction: min(values) for direction, values in taken.items()}
 
 
 def _now(device: torch.device) -> float:

@@ -24,6 +24,38 @@ from megavl.parallel.groups import Groups
 TOKENS = 64
 """Of a message; small, so that only the waiting counts."""
 
+LAYOUTS: tuple[tuple[int, int, str], ...] = (
+    (4, 1, "8,8,7,7"),
+    (4, 1, "8,8,8,6"),
+    (4, 1, "6,9,9,6"),
+    (2, 1, "15,15"),
+    (2, 1, "16,14"),
+    (4, 2, "4,4,4,4,4,4,4,2"),
+)
+"""(pipeline, chunks per rank, layers per stage) that are checked, 30 layers each."""
+KINDS: dict[str, tuple[float, ...]] = {"text": (0.0,), "image": (2.2,), "mixed": (0.0, 3.9, 1.7)}
+"""Vision of successive micro-batches, in layers."""
+
+Seconds = list[list[float]]
+"""[m][s]."""
+
+
+def example_seconds(layout: str, kind: str, *, unit_s: float, micro_batches: int = 8) -> tuple[Seconds, Seconds]:
+    """Forward and backward seconds of a made-up model: equal layers, a head worth two, vision on the first stage.
+
+    Args:
+        layout: decoder layers per stage.
+        kind: of `KINDS`.
+        unit_s: seconds of one layer, forward and backward.
+        micro_batches: m.
+    """
+    layers = [int(count) for count in layout.split(",")]
+    layers[-1] += 2
+    forward = [[unit_s * n / 3 for n in layers] for _ in range(micro_batches)]
+    for number, row in enumerate(forward):
+        row[0] += unit_s * KINDS[kind][number % len(KINDS[kind])]
+    return forward, [[unit_s * 2 * n / 3 for n in layers] for _ in range(micro_batches)]
+
 
 def emulate_step(
     forward: Sequence[Sequence[float]],

@@ -2,10 +2,11 @@
 
 The schedule test lets megatron-core run its real schedules over real messages with stages that only sleep. A sleep is
 never too short and may be too long on a busy machine, so the simulated time is a strict lower bound and the upper bound
-is generous; the figures are printed (`pytest -s`).
+is generous; `tools/check_simulator.py` prints the figures.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from megavl.config import KernelsConfig, OptimConfig, ParallelConfig
 from megavl.model.build import build_stages
 from megavl.parallel.gradients import wrap_stages
 from megavl.parallel.groups import destroy_groups, init_groups
-from megavl.planning.costs import Case
-from megavl.planning.emulate import emulate_step
-from megavl.planning.hardware import HARDWARE
+from megavl.planning.calibrate import calibrate
+from megavl.planning.costs import Case, part_costs
+from megavl.planning.emulate import KINDS, LAYOUTS, emulate_step, example_seconds
+from megavl.planning.hardware import HARDWARE, read_calibration
 from megavl.planning.memory import layer_bytes, rank_memory
 from megavl.planning.simulate import simulate
 from megavl.training.flops import StepCounts
@@ -128,39 +130,43 @@ def test_activations_of_a_layer(world: World, recompute: str) -> None:
 UNIT_S = 0.003
 """Seconds of one decoder layer, forward and backward."""
 
-SCHEDULES: list[tuple[int, int, str]] = [
-    (4, 1, "8,8,7,7"),
-    (4, 1, "8,8,8,6"),
-    (2, 1, "16,14"),
-    (4, 2, "4,4,4,4,4,4,4,2"),
-]
-KINDS = {"text": (0.0,), "image": (2.2,), "mixed": (0.0, 3.9, 1.7)}
-"""Vision of successive micro-batches, in layers."""
 
-
-def seconds(layout: str, kind: str, micro_batches: int = 8) -> tuple[list[list[float]], list[list[float]]]:
-    """Forward and backward seconds, [m][s]: layers, a head worth two of them, vision on the first stage."""
-    layers = [int(count) for count in layout.split(",")]
-    layers[-1] += 2
-    forward = [[UNIT_S * n / 3 for n in layers] for _ in range(micro_batches)]
-    for number, row in enumerate(forward):
-        row[0] += UNIT_S * KINDS[kind][number % len(KINDS[kind])]
-    return forward, [[UNIT_S * 2 * n / 3 for n in layers]] * micro_batches
-
-
-def real_seconds(parallel: ParallelConfig, kinds: list[str]) -> list[float]:
+def real_seconds(parallel: ParallelConfig) -> list[float]:
     """The shorter of two runs of megatron-core's schedule, for each kind of step."""
     groups = init_groups(parallel)
     model = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, layers=30))
-    layout = parallel.layout
-    return [min(emulate_step(*seconds(layout, k), model, parallel, groups) for _ in range(2)) for k in kinds]
+    times = [example_seconds(parallel.layout, kind, unit_s=UNIT_S) for kind in KINDS]
+    return [min(emulate_step(*each, model, parallel, groups) for _ in range(2)) for each in times]
 
 
-@pytest.mark.parametrize(("pipeline", "virtual", "layout"), SCHEDULES)
+@pytest.mark.parametrize(("pipeline", "virtual", "layout"), [LAYOUTS[1], LAYOUTS[4], LAYOUTS[5]])
 def test_schedule_against_the_real_one(world: World, pipeline: int, virtual: int, layout: str) -> None:
     parallel = ParallelConfig(pipeline=pipeline, virtual_pipeline=virtual, layout=layout, device="cpu")
-    real = world.run(real_seconds, parallel, list(KINDS), ranks=pipeline)[0]
+    real = world.run(real_seconds, parallel, ranks=pipeline)[0]
     for kind, found in zip(KINDS, real, strict=True):
-        simulated = simulate(*seconds(layout, kind), pipeline=pipeline, virtual=virtual).step_s
-        print(f"{layout} {kind}: real {1e3 * found:.1f} ms, simulated {1e3 * simulated:.1f}, {found / simulated:.3f}")
+        times = example_seconds(layout, kind, unit_s=UNIT_S)
+        simulated = simulate(*times, pipeline=pipeline, virtual=virtual).step_s
         assert simulated <= found <= 2 * simulated, (layout, kind)
+
+
+def calibrated(path: str) -> dict[str, Any]:
+    return calibrate(MODEL, Path(path), tokens=64, device="cpu")
+
+
+def test_calibration_gives_back_what_was_timed(world: World, tmp_path: Path) -> None:
+    """Rates from the file, applied to the work that was timed, are the seconds that were timed."""
+    path = tmp_path / "rates.json"
+    (written,) = world.run(calibrated, str(path), ranks=1)
+    hardware = read_calibration(path, HARDWARE["cpu"])
+    assert hardware.origin.startswith("measured on cpu, fp32")
+    setting = dataclasses.replace(case(ParallelConfig(), 3, "fp32"), hardware=hardware)
+    costs = part_costs(setting, dataclasses.replace(COUNTS, images=1))
+    timed = {name: part["seconds"] for name, part in written["parts"].items()}
+    assert set(timed) == {"siglip", "sam", "sam_adaptor", "aligner", "embedding", "layer", "head"}
+    for name in ("siglip", "aligner", "embedding", "layer", "head"):
+        assert costs[name].forward_s == pytest.approx(timed[name]["forward"], rel=1e-9), name
+        assert costs[name].backward_s == pytest.approx(timed[name]["backward"], rel=1e-9), name
+    both = costs["sam"].forward_s + costs["sam_adaptor"].forward_s
+    assert both == pytest.approx(timed["sam"]["forward"], rel=1e-9)
+    assert costs["sam_adaptor"].backward_s == pytest.approx(timed["sam"]["backward"], rel=1e-9)
+    assert costs["loss"].forward_s == 0
