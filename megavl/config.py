@@ -133,7 +133,8 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank; more than one is the interleaved schedule."""
     layout: str = ""
-    """Decoder layers per stage in pipeline order, such as `8,8,8,6` (pipeline*virtual stages); empty: an even split."""
+    """Decoder layers per stage in pipeline order, such as `8,8,8,6` (pipeline*virtual stages); empty: an even split;
+    `auto`: planned at start from the stores' lengths and the machine's rates."""
     sequence: bool = False
     """Sequence parallelism: activations between the tensor-parallel layers are cut along the sequence."""
     vision: VisionPlacement = "replicate"

@@ -2,8 +2,11 @@
 
 The stations of a run, in order. Started again with the same command, a run continues from the newest complete
 checkpoint of its folder; SIGTERM or Ctrl-C ends it after the current step, saved, with exit code 0.
+
+    python -m megavl.train RECIPE.py --dry-run --gpus N    what the run would be, and every problem, without starting it
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +34,9 @@ from megavl.parallel.random_state import seed_everything
 from megavl.parallel.validate import check_layout
 from megavl.parallel.vision_ahead import AheadEncoder, make_ahead_encoder
 from megavl.parallel.vision_placement import pixel_share
+from megavl.planning.from_recipe import resolve_layout
+from megavl.planning.preflight import dry_run
+from megavl.planning.report import plan_lines
 from megavl.recipe import parse_command_line, save_recipe
 from megavl.training import start_report
 from megavl.training.flops import peak_flops
@@ -45,15 +51,27 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def main(args: Sequence[str]) -> int:
     """Train as the command line says; returns the exit code, 0 also for a run that was asked to stop."""
+    if "--dry-run" in args:
+        return dry_run(args)
     stop = StopRequest()
     start_logging(int(os.environ.get("RANK", "0")))
     try:
-        recipe = parse_command_line(args)
+        recipe = plan(parse_command_line(args))
         check(recipe)
         train(recipe, stop)
     except Exception as error:
         return fail(error, stop)
     return 0
+
+
+def plan(recipe: Recipe) -> Recipe:
+    """Write out `parallel.layout = "auto"` and tell what was chosen."""
+    on_gpu = recipe.parallel.device != "cpu" and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    recipe, chosen = resolve_layout(recipe, int(os.environ.get("WORLD_SIZE", "1")), device)
+    if chosen is not None:
+        logging.getLogger(__name__).info("\n".join(plan_lines(chosen)))
+    return recipe
 
 
 def check(recipe: Recipe) -> None:

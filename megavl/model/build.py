@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
 from megavl.config import ModelConfig, ParallelConfig
+from megavl.model.layer_split import split_layers
 from megavl.model.shards import full_name, full_parameters, full_shape, load_full_state, mark_shards, take_shard
 from megavl.model.stage import Stage
 from megavl.model.vision.tower import initialise_vision
@@ -71,33 +72,6 @@ def build_stages(
         initialise(stage, seed)
         stages.append(stage)
     return stages
-
-
-def split_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Decoder layers of each pipeline stage, in pipeline order (pipeline * virtual_pipeline stages).
-
-    Without `parallel.layout` the split is as even as possible; layers left over go to the inner stages first and to
-    the first stage last, as it has the towers and the embedding, and the last has the head.
-
-    Raises:
-        ValueError: `parallel.layout` has another number of stages or layers, or is not a list of numbers.
-    """
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    if not parallel.layout:
-        base, left = divmod(num_layers, stages)
-        first_served = [*range(1, stages - 1), *({stages - 1} - {0}), 0][:left]
-        return tuple(base + (stage in first_served) for stage in range(stages))
-    parts = [part.strip() for part in parallel.layout.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"parallel.layout is {parallel.layout!r}; write decoder layers per stage, such as `8,8,8,6`")
-    split = tuple(int(part) for part in parts)
-    if len(split) != stages:
-        raise ValueError(
-            f"parallel.layout {parallel.layout!r} names {len(split)} stages, pipeline * virtual_pipeline is {stages}"
-        )
-    if sum(split) != num_layers:
-        raise ValueError(f"parallel.layout {parallel.layout!r} places {sum(split)} layers, the model has {num_layers}")
-    return split
 
 
 def transformer_config(

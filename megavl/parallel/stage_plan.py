@@ -1,7 +1,7 @@
 """Which decoder layers lie on which pipeline rank, and how many parameters each rank holds.
 
 In: sizes and layout. Out: one `StagePlace` per pipeline stage (virtual stages included), in pipeline order, and the
-text that start-up and `tools/plan_pipeline.py` print. The split itself is `megavl/model/build.py:split_layers`, which
+text that start-up and `tools/plan_pipeline.py` print. The split itself is `megavl/model/layer_split.py`, which
 also reads the layout string; here it is spelled out. Stage s lies on pipeline rank s % pipeline, chunk s // pipeline.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavl.config import DecoderConfig, ModelConfig, ParallelConfig
-from megavl.model.build import split_layers
+from megavl.model.layer_split import split_layers
 from megavl.model.sizes import count_parameters
 
 

@@ -7,9 +7,13 @@ SAM stays frozen throughout, as in the report (its stage 3 names GPU memory as t
 stride-2 convolutions and the side branch `neck_hd` with its factor, counts as adaptor and is always trained.
 """
 
-from collections.abc import Iterable
+from __future__ import annotations
 
-from megavl.model.stage import Stage
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # planning reads the table and need not wait for megatron-core
+    from megavl.model.stage import Stage
 
 COMPONENTS = ("sam", "sam_adaptor", "siglip", "aligner", "decoder")
 """The parts of a model, as `Stage.component_of` names them."""

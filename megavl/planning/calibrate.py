@@ -1,0 +1,186 @@
+"""Time the parts of a model on the machine at hand and write what the planner reads.
+
+In: sizes, and where to write. Out: a JSON file with work and seconds of every part, forward and backward, and with the
+device, its type, date and versions. Work is what `megavl/training/flops.py` counts (`planning/costs.py` says in which
+unit), so rates carry over to other freeze sets, lengths and tensor sizes.
+
+What is timed: SigLIP and SAM with their adaptor on one image, the aligner, the embedding, one decoder layer, head with
+loss; all of it trained, and built with the kernels that `auto` takes here.
+Shapes: t tokens, h hidden, i = 1 image.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+from torch import Tensor
+
+from megavl.config import KernelsConfig, ModelConfig, ParallelConfig
+from megavl.data.microbatch import MicroBatch
+from megavl.model.attention import describe_documents
+from megavl.model.build import build_stages
+from megavl.model.stage import Stage
+from megavl.ops import make_ops
+from megavl.parallel.groups import destroy_groups, init_groups
+from megavl.training.flops import StepCounts, decoder_flops, image_flops
+from megavl.training.freeze import COMPONENTS
+
+REPEATS = 5
+"""Timed runs of a part, after one that is not; the fastest counts, as others may have shared the machine."""
+SAM_ADAPTOR = ("sam neck_hd", "sam convolutions", "sam_hd convolutions")
+"""Terms of an image that belong to SAM's trained branch."""
+
+Seconds = dict[str, float]
+"""`forward` and `backward`."""
+
+
+def calibrate(model: ModelConfig, path: Path, *, tokens: int, device: str = "auto") -> dict[str, Any]:
+    """Time every part and write the file.
+
+    Args:
+        model: sizes; one layer of its decoder is built.
+        path: JSON file to write.
+        tokens: t, of the layer, the head and the embedding.
+        device: `auto` takes CUDA where there is a device.
+
+    Returns:
+        What was written.
+    """
+    groups = init_groups(ParallelConfig(device=device))  # type: ignore[arg-type]
+    cuda = groups.device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    single = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, layers=1))
+    ops = make_ops(KernelsConfig(), groups.device, dtype)
+    (stage,) = build_stages(
+        single, ParallelConfig(), dtype=dtype, seed=1, pg=groups.pg, device=groups.device, ops=ops
+    )  # fmt: skip
+    seconds = {**_vision_seconds(stage, dtype), **_decoder_seconds(stage, tokens, dtype)}
+    destroy_groups()
+    work = _work(single, tokens)
+    written = {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cuda": cuda,
+        "dtype": "bf16" if cuda else "fp32",
+        "date": date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "megatron": megatron.core.__version__},
+        "threads": torch.get_num_threads(),
+        "tokens": tokens,
+        "parts": {name: {"work": work[name], "seconds": taken} for name, taken in seconds.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(written, indent=2) + "\n")
+    return written
+
+
+def _work(model: ModelConfig, tokens: int) -> dict[str, Seconds]:
+    """Work of every part as it is timed: everything is trained but SAM's backbone."""
+    trained = set(COMPONENTS) - {"sam"}
+    image = {"forward": image_flops(model, (), padded_windows=True)}
+    image["both"] = image_flops(model, trained, padded_windows=True)
+    counts = StepCounts(images=0, tokens=tokens, squared_lengths=tokens**2, logits=tokens)
+    decoder = {
+        "forward": decoder_flops(model.decoder, counts, trained=False, passes=False),
+        "both": decoder_flops(model.decoder, counts, trained=True, passes=True),
+    }
+
+    def split(terms: dict[str, dict[str, float]], *names: str) -> Seconds:
+        forward, both = (sum(terms[d][n] for n in names if n in terms[d]) for d in ("forward", "both"))
+        return {"forward": forward, "backward": both - forward}
+
+    elements = float(tokens * model.decoder.hidden)
+    whole_sam = split(image, "sam", "sam neck", *SAM_ADAPTOR)
+    return {
+        "siglip": split(image, "siglip"),
+        "aligner": split(image, "aligner"),
+        "sam": whole_sam,  # one module: its parts run at the rate of the whole
+        "sam_adaptor": whole_sam,
+        "embedding": {"forward": elements, "backward": elements},
+        "layer": split(decoder, "decoder", "attention"),
+        "head": split(decoder, "head"),
+    }
+
+
+def _vision_seconds(stage: Stage, dtype: torch.dtype) -> dict[str, Seconds]:
+    """Towers and adaptor on one image."""
+    assert stage.first_stage is not None
+    towers, adaptor = stage.first_stage.towers, stage.first_stage.adaptor
+    device, model = next(adaptor.parameters()).device, stage.model
+    positions = model.tokens_per_image
+    low = torch.rand(1, 3, model.siglip.image_size, model.siglip.image_size, device=device, dtype=dtype)
+    low_features = torch.rand(1, positions, model.siglip.width, device=device, dtype=dtype, requires_grad=True)
+    seconds = {"siglip": time_part(lambda: towers.siglip(low), device)}
+    high_features = None
+    if model.sam is not None and towers.sam is not None:
+        for name, parameter in stage.named_parameters():
+            parameter.requires_grad_(stage.component_of(name) != "sam")
+        sam, pixels = towers.sam, torch.rand(1, 3, model.image_size, model.image_size, device=device, dtype=dtype)
+        seconds["sam"] = seconds["sam_adaptor"] = time_part(lambda: sam(pixels), device)
+        width = model.sam.downsample[1]
+        high_features = torch.rand(1, positions, width, device=device, dtype=dtype, requires_grad=True)
+    seconds["aligner"] = time_part(lambda: adaptor(high_features, low_features), device)
+    return seconds
+
+
+def _decoder_seconds(stage: Stage, tokens: int, dtype: torch.dtype) -> dict[str, Seconds]:
+    """Embedding, one layer, head with loss, on one document."""
+    assert stage.first_stage is not None
+    assert stage.last_stage is not None
+    first, last, decoder = stage.first_stage, stage.last_stage, stage.model.decoder
+    device = first.embedding.weight.device
+    batch = _text(tokens, decoder.vocab).to(device)
+    documents = describe_documents(batch, decoder.hidden // decoder.heads, decoder.rope_theta, dtype)
+    hidden = torch.randn(tokens, 1, decoder.hidden, device=device, dtype=dtype, requires_grad=True)
+
+    def layer() -> Tensor:
+        return stage.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=documents)
+
+    return {
+        "embedding": time_part(lambda: first.embedding(batch.tokens), device),
+        "layer": time_part(layer, device),
+        "head": time_part(lambda: last(hidden, batch.labels).sum(), device),
+    }
+
+
+def time_part(run: Callable[[], Tensor], device: torch.device) -> Seconds:
+    """Least seconds of a part's forward and of its backward pass."""
+    taken: dict[str, list[float]] = {"forward": [], "backward": []}
+    for attempt in range(REPEATS + 1):
+        marks = [_now(device)]
+        out = run()
+        marks.append(_now(device))
+        out.backward(torch.ones_like(out))
+        marks.append(_now(device))
+        if attempt:
+            taken["forward"].append(marks[1] - marks[0])
+            taken["backward"].append(marks[2] - marks[1])
+    return {direction: min(values) for direction, values in taken.items()}
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _text(tokens: int, vocab: int) -> MicroBatch:
+    """One document of made-up text."""
+    ids = torch.arange(tokens) % vocab
+    return MicroBatch(
+        tokens=ids,
+        labels=ids,
+        positions=torch.arange(tokens),
+        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
+        max_document=tokens,
+        pixels=None,
+        image_slots=torch.zeros(0, dtype=torch.int64),
+        num_images=0,
+        modality="language",
+        sample_ids=(("calibration", 0),),
+    )
