@@ -48,9 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     real = parser.add_argument_group("with --measure")
     real.add_argument("--pipeline", type=int, default=1, help="pipeline size; data parallel is what is left")
     real.add_argument("--global-batch", type=int, default=16, help="rows of a step (default 16)")
-    real.add_argument(
-        "--rounds", type=int, default=3, help="repetitions; the one of median time is printed (default 3)"
-    )
+    real.add_argument("--rounds", type=int, default=3, help="repetitions, median time printed (default 3)")
     real.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     options = parser.parse_args(arguments)
     try:
