@@ -6,6 +6,7 @@ Imports point one way (kernels <- ops <- model <- parallel <- training <- train)
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,3 +128,12 @@ def test_readme_tree_names_every_file():
     for path in modules() + sorted((ROOT / "tools").glob("*.py")):
         if path.name != "__init__.py":
             assert path.name in readme, f"{path.relative_to(ROOT)} has no line in the README's tree"
+
+
+def test_a_skip_for_an_unknown_reason_is_a_failure(request: pytest.FixtureRequest):
+    """Otherwise a part of the tests could be switched off unseen."""
+    ours = next(p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "ALLOWED_SKIPS"))
+    for reason, outcome in (("no CUDA device", "skipped"), ("2 GPU for 4 ranks", "skipped"), ("flaky", "failed")):
+        report = SimpleNamespace(skipped=True, outcome="skipped", longrepr=("a.py", 1, f"Skipped: {reason}"))
+        assert ours.refuse_unknown_skip(report).outcome == outcome
+    assert "flaky" in report.longrepr
