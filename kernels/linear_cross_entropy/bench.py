@@ -114,8 +114,8 @@ def _megatron(fused: Callable[..., Tensor], device: torch.device) -> Loss:
 def check(device: torch.device, dtype: torch.dtype) -> None:
     """Sum and both gradients at a small odd shape in several chunks, one target ignored.
 
-    Not fewer than 4 rows a chunk: BLAS on one CPU thread sums products of 1 to 3 rows one by one, over 4211 columns with
-    five times the error of 4 and more, and that difference to the reference would not be the kernel's.
+    Not fewer than 4 rows a chunk: on one CPU thread BLAS sums products of 1 to 3 rows one by one, over 4211 columns at
+    five times the error of 4 rows and more, and that difference to the reference would not be the kernel's.
     """
     hidden = torch.randn(9, 40, device=device, dtype=dtype)
     weight = (torch.randn(4211, 40, device=device) * 40**-0.5).to(dtype)

@@ -93,6 +93,7 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.megavl.image_scatter.default, (embedded, features, slots, 3))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a device can be waited for")
 def test_host_does_not_wait(device):
     inputs = [torch.randn(n, 64, device=device, requires_grad=True) for n in (9, 2)]
