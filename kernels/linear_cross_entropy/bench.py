@@ -1,4 +1,4 @@
-"""Head and loss of DeepSeek-VL on one micro-batch. Shapes: 4,096 tokens, h hidden size, v the whole vocabulary.
+"""Head and loss of DeepSeek-VL on micro-batches of 1 and 8 rows. Shapes: h hidden size, v the whole vocabulary.
 
 Only forward and backward together: the operator forms its gradients in the forward pass. Beside `triton`:
 
@@ -36,18 +36,23 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def cases() -> list[Case]:
     """Every token has a label, and only those that are not image positions."""
-    return [_case(model, learnt) for model in HIDDEN for learnt in (TOKENS, TOKENS - IMAGE_TOKENS)]
+    return [
+        _case(model, rows, rows * learnt)
+        for model in HIDDEN
+        for rows in (1, 8)
+        for learnt in (TOKENS, TOKENS - IMAGE_TOKENS)
+    ]
 
 
-def _case(model: str, learnt: int) -> Case:
-    h = HIDDEN[model]
+def _case(model: str, micro_batch: int, learnt: int) -> Case:
+    h, tokens = HIDDEN[model], micro_batch * TOKENS
 
     def make(device: torch.device, dtype: torch.dtype) -> dict[str, Call]:
-        hidden = torch.randn(TOKENS, h, device=device, dtype=dtype).requires_grad_()
+        hidden = torch.randn(tokens, h, device=device, dtype=dtype).requires_grad_()
         weight = (torch.randn(VOCABULARY, h, device=device) * h**-0.5).to(dtype).requires_grad_()
-        targets = torch.randint(VOCABULARY, (TOKENS,), device=device)
+        targets = torch.randint(VOCABULARY, (tokens,), device=device)
         targets[learnt:] = -100
-        rows = torch.arange(learnt, device=device) if learnt < TOKENS else None
+        rows = torch.arange(learnt, device=device) if learnt < tokens else None
         buffer = torch.zeros(VOCABULARY, h, device=device)
 
         def ours(**options: Any) -> Loss:
@@ -64,13 +69,13 @@ def _case(model: str, learnt: int) -> Case:
 
     return Case(
         op="linear_cross_entropy",
-        name=f"{model} mb1 tokens{TOKENS} learnt{learnt} h{h} v{VOCABULARY}",
+        name=f"{model} mb{micro_batch} tokens{tokens} learnt{learnt} h{h} v{VOCABULARY}",
         direction="forward+backward",
         make=make,
         flops=6.0 * learnt * h * VOCABULARY,  # head, gradient of hidden, gradient of weight
-        bytes=4.0 * (TOKENS + VOCABULARY) * h,  # hidden and weight read, their gradients written
+        bytes=4.0 * (tokens + VOCABULARY) * h,  # hidden and weight read, their gradients written
         check=check,
-        share_ms=f"{model} 1" if learnt < TOKENS else "",  # a step leaves the image positions out
+        share_ms=f"{model} {1 / micro_batch}" if learnt < tokens else "",  # a step leaves the image positions out
     )
 
 
