@@ -28,7 +28,7 @@ TOKENS, VOCABULARY = 4096, 102400
 IMAGE_TOKENS = 4 * 576
 """Positions without a label in a micro-batch with four images."""
 CHUNKS = (512, 2048, 4096)
-"""Chunk sizes tried beside the default."""
+"""Chunk sizes tried beside the default, at micro-batch 1."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [t, h], weight [v, h], targets [t]) -> sum of the losses."""
@@ -58,7 +58,8 @@ def _case(model: str, micro_batch: int, learnt: int) -> Case:
         def ours(**options: Any) -> Loss:
             return lambda x, w, y: linear_cross_entropy(x, w, y, rows=rows, **options)[0]
 
-        losses = {"triton": ours(), **{f"triton_chunk{n}": ours(chunk_rows=n) for n in CHUNKS}, **_peers(device, dtype)}
+        chunks = CHUNKS if micro_batch == 1 else ()
+        losses = {"triton": ours(), **{f"triton_chunk{n}": ours(chunk_rows=n) for n in chunks}, **_peers(device, dtype)}
         calls: dict[str, Call] = {
             name: lambda f=f: torch.autograd.grad(f(hidden, weight, targets), (hidden, weight))  # type: ignore[misc]
             for name, f in losses.items()
