@@ -234,13 +234,17 @@ def plot_roofline(rows: list[Row], path: Path) -> None:
     ridge = 1e3 * matmul / copy
     right = max(10 * ridge, *(2 * r.intensity for r in rows))
     axes.plot([1, ridge, right], [copy / 1e3, matmul, matmul], color="black", label="ceilings of the run")
+    left = 1.0
     for op in sorted({r.op for r in rows}):
-        # Operators without matrix products sit at the left edge, at what their bandwidth amounts to there.
+        # Operators without matrix products stand at the left, each at a place of its own, under the same line.
         ours = [r for r in rows if r.op == op and r.implementation == OURS]
-        points = [(r.intensity, r.tflop_per_s) if r.intensity >= 1 else (1.0, r.gb_per_s / 1e3) for r in ours]
+        points = [(r.intensity, r.tflop_per_s) if r.intensity >= 1 else (left, left * r.gb_per_s / 1e3) for r in ours]
+        left *= 1.3 if any(r.intensity < 1 for r in ours) else 1.0
         if points:
             axes.scatter([x for x, _ in points], [y for _, y in points], s=18, label=op)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte (left edge: no products, TB/s)", ylabel="TFLOP/s")
+    axes.set(
+        xscale="log", yscale="log", xlabel="operations per byte (left, side by side: no products)", ylabel="TFLOP/s"
+    )
     axes.set_title(rows[0].gpu)
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -1,4 +1,4 @@
-"""Head and loss of DeepSeek-VL on one micro-batch. Shapes: 4,096 tokens, h hidden size, v the whole vocabulary.
+"""Head and loss of DeepSeek-VL on micro-batches of 1 and 8 rows. Shapes: h hidden size, v the whole vocabulary.
 
 Only forward and backward together: the operator forms its gradients in the forward pass. Beside `triton`:
 
@@ -28,7 +28,7 @@ TOKENS, VOCABULARY = 4096, 102400
 IMAGE_TOKENS = 4 * 576
 """Positions without a label in a micro-batch with four images."""
 CHUNKS = (512, 2048, 4096)
-"""Chunk sizes tried beside the default."""
+"""Chunk sizes tried beside the default, at micro-batch 1."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [t, h], weight [v, h], targets [t]) -> sum of the losses."""
@@ -36,24 +36,30 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def cases() -> list[Case]:
     """Every token has a label, and only those that are not image positions."""
-    return [_case(model, learnt) for model in HIDDEN for learnt in (TOKENS, TOKENS - IMAGE_TOKENS)]
+    return [
+        _case(model, rows, rows * learnt)
+        for model in HIDDEN
+        for rows in (1, 8)
+        for learnt in (TOKENS, TOKENS - IMAGE_TOKENS)
+    ]
 
 
-def _case(model: str, learnt: int) -> Case:
-    h = HIDDEN[model]
+def _case(model: str, micro_batch: int, learnt: int) -> Case:
+    h, tokens = HIDDEN[model], micro_batch * TOKENS
 
     def make(device: torch.device, dtype: torch.dtype) -> dict[str, Call]:
-        hidden = torch.randn(TOKENS, h, device=device, dtype=dtype).requires_grad_()
+        hidden = torch.randn(tokens, h, device=device, dtype=dtype).requires_grad_()
         weight = (torch.randn(VOCABULARY, h, device=device) * h**-0.5).to(dtype).requires_grad_()
-        targets = torch.randint(VOCABULARY, (TOKENS,), device=device)
+        targets = torch.randint(VOCABULARY, (tokens,), device=device)
         targets[learnt:] = -100
-        rows = torch.arange(learnt, device=device) if learnt < TOKENS else None
+        rows = torch.arange(learnt, device=device) if learnt < tokens else None
         buffer = torch.zeros(VOCABULARY, h, device=device)
 
         def ours(**options: Any) -> Loss:
             return lambda x, w, y: linear_cross_entropy(x, w, y, rows=rows, **options)[0]
 
-        losses = {"triton": ours(), **{f"triton_chunk{n}": ours(chunk_rows=n) for n in CHUNKS}, **_peers(device, dtype)}
+        chunks = CHUNKS if micro_batch == 1 else ()
+        losses = {"triton": ours(), **{f"triton_chunk{n}": ours(chunk_rows=n) for n in chunks}, **_peers(device, dtype)}
         calls: dict[str, Call] = {
             name: lambda f=f: torch.autograd.grad(f(hidden, weight, targets), (hidden, weight))  # type: ignore[misc]
             for name, f in losses.items()
@@ -64,13 +70,13 @@ def _case(model: str, learnt: int) -> Case:
 
     return Case(
         op="linear_cross_entropy",
-        name=f"{model} mb1 tokens{TOKENS} learnt{learnt} h{h} v{VOCABULARY}",
+        name=f"{model} mb{micro_batch} tokens{tokens} learnt{learnt} h{h} v{VOCABULARY}",
         direction="forward+backward",
         make=make,
         flops=6.0 * learnt * h * VOCABULARY,  # head, gradient of hidden, gradient of weight
-        bytes=4.0 * (TOKENS + VOCABULARY) * h,  # hidden and weight read, their gradients written
+        bytes=4.0 * (tokens + VOCABULARY) * h,  # hidden and weight read, their gradients written
         check=check,
-        share_ms=f"{model} 1" if learnt < TOKENS else "",  # a step leaves the image positions out
+        share_ms=f"{model} {1 / micro_batch}" if learnt < tokens else "",  # a step leaves the image positions out
     )
 
 
@@ -114,8 +120,8 @@ def _megatron(fused: Callable[..., Tensor], device: torch.device) -> Loss:
 def check(device: torch.device, dtype: torch.dtype) -> None:
     """Sum and both gradients at a small odd shape in several chunks, one target ignored.
 
-    Not fewer than 4 rows a chunk: BLAS on one CPU thread sums products of 1 to 3 rows one by one, over 4211 columns
-    with five times the error of 4 and more, and that difference to the reference would not be the kernel's.
+    Not fewer than 4 rows a chunk: on one CPU thread BLAS sums products of 1 to 3 rows one by one, over 4211 columns at
+    five times the error of 4 rows and more, and that difference to the reference would not be the kernel's.
     """
     hidden = torch.randn(9, 40, device=device, dtype=dtype)
     weight = (torch.randn(4211, 40, device=device) * 40**-0.5).to(dtype)

@@ -30,6 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     check_tensor("x", x)
     check_tensor("weight", weight, like=x)
+    if not x.dim():
+        raise ValueError("x has 0 dimensions; supported is [..., h]")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, the last dimension of x is {x.shape[-1]}")
     if not 0 < x.shape[-1] <= MAX_HIDDEN:

@@ -28,6 +28,8 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     check_tensor("heads", heads)
     check_tensor("cos", cos, like=heads, dtypes=(torch.float32,))
     check_tensor("sin", sin, like=heads, dtypes=(torch.float32,))
+    if heads.dim() != 3:
+        raise ValueError(f"heads has {heads.dim()} dimensions; supported is [tokens, heads, head size]")
     t, _, d = heads.shape
     if d % 2 or not 0 < d <= MAX_HEAD_SIZE:
         raise ValueError(f"heads has a head size of {d}; supported are even sizes up to {MAX_HEAD_SIZE}")

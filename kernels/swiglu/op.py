@@ -22,6 +22,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
         ValueError: unsupported type or device, or an odd last dimension.
     """
     check_tensor("gate_up", gate_up)
+    if not gate_up.dim():
+        raise ValueError("gate_up has 0 dimensions; supported is [..., 2f]")
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up has a last dimension of {gate_up.shape[-1]}; gate and up need an even one")
     return _swiglu(gate_up)

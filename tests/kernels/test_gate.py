@@ -8,6 +8,7 @@ from megavl.kernels.gate import hold_to_reference
 
 def test_roundings_of_another_order_pass():
     """Sums in two orders lose alike on average, but in one entry one of them is often several times luckier."""
+    torch.manual_seed(7)  # 16 draws of two entries may differ by the factor of 2 once in some thousands
     for _ in range(50):
         x = torch.randn(2, 64)
         hold_to_reference(lambda a: a.flip(1).cumsum(1)[:, -1:], lambda a: a.cumsum(1)[:, -1:], [x], roundings=0.0)

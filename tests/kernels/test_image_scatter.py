@@ -86,6 +86,13 @@ def test_empty(device):
     assert torch.equal(features.grad, torch.zeros_like(features))
 
 
+def test_two_runs_give_equal_bits(device):
+    inputs = [torch.randn(n, 40, device=device, requires_grad=True) for n in (9, 3)]
+    slots = torch.tensor([1, 4, 7], device=device)
+    runs = [(y := image_scatter(*inputs, slots), *torch.autograd.grad(y.square().sum(), inputs)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_opcheck(device):
     embedded = torch.randn(8, 6, device=device).t().requires_grad_()
     features = torch.randn(2, 2, 8, device=device, requires_grad=True)
@@ -93,6 +100,7 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.megavl.image_scatter.default, (embedded, features, slots, 3))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a device can be waited for")
 def test_host_does_not_wait(device):
     inputs = [torch.randn(n, 64, device=device, requires_grad=True) for n in (9, 2)]

@@ -62,7 +62,7 @@ def test_gradient_is_the_transpose(device):
     g = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, g)
     left, right = ((a.double() * b.double()).sum().item() for a, b in ((y, g), (x, dx)))
-    assert left == pytest.approx(right, rel=1e-4)
+    assert abs(left - right) < 1e-6 * (y.norm() * g.norm()).item()  # the products themselves may happen to be near 0
 
 
 def test_strided_inputs(device):

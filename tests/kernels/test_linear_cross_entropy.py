@@ -1,12 +1,13 @@
-"""Linear cross-entropy against its reference: losses, both gradients, cuts over chunks and ranks, memory, refusals."""
+"""Linear cross-entropy against its reference: losses, both gradients, chunks, memory, refusals.
+
+Over several ranks: tests/parallel/test_kernels.py.
+"""
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.multiprocessing import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavl.kernels.linear_cross_entropy.kernel import BLOCK
@@ -58,8 +59,8 @@ def test_any_shape_and_chunk(t, h, v, chunk):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_losses_of_the_tokens(dtype, device):
-    hidden, weight, targets = inputs(9, 16, 50, dtype, device)
-    _, losses = linear_cross_entropy(hidden, weight, targets, chunk_rows=4)
+    hidden, weight, targets = inputs(90, 16, 50, dtype, device)  # enough tokens for the bound not to be luck
+    _, losses = linear_cross_entropy(hidden, weight, targets, chunk_rows=40)
     truth = linear_cross_entropy_reference(hidden.double(), weight.double(), targets)[1]
     theirs = linear_cross_entropy_reference(hidden, weight, targets)[1]
     assert losses.dtype is torch.float32
@@ -264,54 +265,3 @@ def test_refusals(change, message, device):
     arguments = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("targets"), **arguments)
-
-
-RANKS, VOCABULARY = 2, 66
-
-
-def on_one_rank(rank: int, folder: str, cuda: bool) -> None:
-    """One rank's share of the calls that `test_cut_over_ranks` compares; saves what came out."""
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    store = f"file://{folder}/store"
-    dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=RANKS)
-    hidden, weight, targets, rows = (x.to(device) for x in torch.load(f"{folder}/inputs"))
-    start = rank * VOCABULARY // RANKS
-    weight = weight[start : start + VOCABULARY // RANKS]
-    common = {"group": dist.group.WORLD, "vocab_start": start, "chunk_rows": 4}
-    results = {
-        "whole": gradients(hidden, weight, targets, **common),
-        "rows": gradients(hidden, weight, targets, rows=rows, **common),
-        "partial": gradients(hidden, weight, targets, reduce_hidden_gradient=False, **common),
-        "none": gradients(hidden, weight, torch.full_like(targets, IGNORE), **common),
-    }
-    torch.save({name: [x.cpu() for x in result] for name, result in results.items()}, f"{folder}/rank{rank}")
-    dist.destroy_process_group()
-
-
-def test_cut_over_ranks(tmp_path):
-    """Two ranks against one whole reference; targets on either rank, the last rows on one rank only."""
-    cuda = torch.cuda.is_available()
-    if cuda and torch.cuda.device_count() < RANKS:
-        pytest.skip(f"{torch.cuda.device_count()} GPU for {RANKS} ranks")
-    hidden, weight, targets = inputs(10, 16, VOCABULARY, torch.float32)
-    hidden[:, 0], weight[:, 0] = 30.0, 10.0  # logits around 300: overflow unless the maximum is that of all ranks
-    weight[: VOCABULARY // RANKS, 0] = 9.5
-    targets[-3:] = torch.tensor([0, 1, 2])  # on the first rank, whose columns hardly count here
-    rows = (targets != IGNORE).nonzero().squeeze(1)
-    torch.save([hidden, weight, targets, rows], tmp_path / "inputs")
-    spawn(on_one_rank, (str(tmp_path), cuda), nprocs=RANKS)
-    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(RANKS)]
-    x, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    total, losses = linear_cross_entropy_reference(x, w, targets)
-    total.backward()
-    truth = [total, losses, x.grad, w.grad]
-    bound = 1e-4  # fp32 rounds logits around 300 by up to 3e-5, and that is an error of the exponential
-    for case in ("whole", "rows"):
-        for index in range(3):  # sum, losses, gradient of hidden: the same bits on both ranks
-            assert torch.equal(ranks[0][case][index], ranks[1][case][index])
-            assert relative_error(ranks[0][case][index], truth[index].detach()) < bound
-        assert relative_error(torch.cat([r[case][3] for r in ranks]), truth[3]) < bound
-    parts = [r["partial"][2] for r in ranks]
-    assert relative_error(parts[0] + parts[1], truth[2]) < bound
-    assert relative_error(parts[0], truth[2]) > 0.1
-    assert not any(x.any() for r in ranks for x in r["none"])

@@ -70,12 +70,13 @@ def test_opcheck(device):
 @pytest.mark.parametrize(
     ("x", "weight", "message"),
     [
+        (torch.ones(()), torch.ones(9), "x has 0 dimensions; supported is"),
         (torch.ones(2, 8), torch.ones(9), r"weight has shape \(9,\), the last dimension of x is 8"),
         (torch.ones(2, 8, dtype=torch.float64), torch.ones(8), "x is float64; supported are"),
         (torch.ones(2, 8), torch.ones(8, dtype=torch.int32), "weight is int32; supported are"),
         (torch.ones(2, 20000), torch.ones(20000), "x has a last dimension of 20000; supported are 1 to 16384"),
     ],
-    ids=["size", "x type", "weight type", "too wide"],
+    ids=["no dimension", "size", "x type", "weight type", "too wide"],
 )
 def test_refusals(x, weight, message, device):
     with pytest.raises(ValueError, match=message):

@@ -45,6 +45,12 @@ def test_empty(device):
     assert rotate(torch.empty(0, 4, 32, device=device), table, table).shape == (0, 4, 32)
 
 
+def test_two_runs_give_equal_bits(device):
+    x, table = torch.randn(9, 3, 32, device=device, requires_grad=True), torch.randn(9, 1, 16, device=device)
+    runs = [(y := rotate(x, table, table), *torch.autograd.grad(y.square().sum(), x)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_opcheck(device):
     table = torch.randn(6, 1, 8, device=device)
     heads = torch.randn(2, 6, 16, device=device).transpose(0, 1).requires_grad_()
@@ -54,6 +60,7 @@ def test_opcheck(device):
 @pytest.mark.parametrize(
     ("shape", "table", "message"),
     [
+        ((4, 8), (4, 1, 4), "heads has 2 dimensions; supported is"),
         ((4, 2, 7), (4, 1, 3), "heads has a head size of 7; supported are even sizes up to 512"),
         ((4, 2, 8), (3, 1, 4), r"cos has shape \(3, 1, 4\); heads need \(4, 1, 4\)"),
     ],

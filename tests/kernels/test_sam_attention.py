@@ -96,6 +96,7 @@ def test_position_terms_use_the_unscaled_query():
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_large_scores_stay_finite(window):
+    torch.manual_seed(7)  # the two largest scores of a query must not happen to be within their rounding
     inputs = make_inputs(1, 4, 4, 1, 16, window)
     y = sam_attention(*(30 * part for part in inputs), window=window)
     truth = sam_attention_reference(*(30 * part.double() for part in inputs), window=window)

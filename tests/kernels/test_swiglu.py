@@ -39,6 +39,12 @@ def test_empty(device):
     assert x.grad.shape == x.shape
 
 
+def test_two_runs_give_equal_bits(device):
+    x = torch.randn(9, 2 * 70, device=device, requires_grad=True)
+    runs = [(y := swiglu(x), *torch.autograd.grad(y.square().sum(), x)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_opcheck(device):
     x = torch.randn(4, 3, 32, device=device).transpose(0, 1).requires_grad_()
     torch.library.opcheck(torch.ops.megavl.swiglu.default, (x,))
@@ -47,5 +53,7 @@ def test_opcheck(device):
 def test_refusals(device):
     with pytest.raises(ValueError, match="gate_up has a last dimension of 7; gate and up need an even one"):
         swiglu(torch.ones(2, 7, device=device))
+    with pytest.raises(ValueError, match="gate_up has 0 dimensions; supported is"):
+        swiglu(torch.ones((), device=device))
     with pytest.raises(ValueError, match="gate_up is int64; supported are float32, float16, bfloat16"):
         swiglu(torch.ones(2, 8, device=device, dtype=torch.int64))

@@ -14,6 +14,7 @@ from megavl.model.sizes import SIZES
 from megavl.model.vision.adaptor import make_adaptor, stack_neighbours
 from megavl.model.vision.sam import (
     SamAttention,
+    SamTower,
     fold_relative_positions,
     interpolation_matrix,
     join_windows,
@@ -60,6 +61,32 @@ class Vision(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.first_stage.adaptor(*self.first_stage.towers(pixels))
+
+
+def each_path_by_itself(tower: SamTower, main: Tensor, side: Tensor) -> Tensor:
+    """F = D(up(main)) + alpha D(up(side)), as the model is defined."""
+    return tower._to_slots(main) + tower._to_slots(side) * tower.hd_alpha_downsamples
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_adding_the_paths_first_changes_nothing(alpha: float) -> None:
+    """Features and gradients; without the branch (alpha 0) the same bits."""
+    vision, generator = Vision(PADDED_WINDOWS), torch.Generator().manual_seed(3)
+    tower = vision.first_stage.towers.sam
+    for parameter in tower.parameters():
+        parameter.data.normal_(std=0.3, generator=generator)
+    tower.hd_alpha_downsamples.data.fill_(alpha)
+    shape = (2, 10, 7, 7)
+    main, side = (torch.randn(shape, generator=generator).requires_grad_() for _ in range(2))
+    inputs = [main, side, tower.hd_alpha_downsamples, *(layer.weight for layer in tower.downsamples)]
+    together, apart = tower._join_paths(main, side), each_path_by_itself(tower, main, side)
+    weight = torch.randn(together.shape, generator=generator)
+    if alpha == 0.0:
+        assert torch.equal(together, apart)
+    assert relative_difference(together, apart) < 1e-5
+    ours, theirs = (torch.autograd.grad((weight * y).sum(), inputs) for y in (together, apart))
+    for a, b in zip(ours, theirs, strict=True):  # without the branch its gradient is zero in both
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 def random_pixels(model: ModelConfig, images: int) -> Tensor:

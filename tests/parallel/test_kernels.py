@@ -5,13 +5,18 @@ Without a GPU they run in Triton's interpreter, so the batches are few and small
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from layouts import MODEL, TOLERANCE
+from torch import Tensor
+from torch.nn import functional
 from world import World
 
 from megavl.config import KernelsConfig, ParallelConfig
+from megavl.data.microbatch import IGNORE
 from megavl.ops import make_ops
 from megavl.parallel.groups import init_groups
 from megavl.training.parity import Comparison, run_layout
@@ -78,3 +83,65 @@ def test_fused_layout_equals_plain_process(
     for step in comparison.steps:
         off = {n: d for kind in (step.gradients, step.parameters) for n, d in kind.items() if d > TOLERANCE}
         assert step.worst() <= TOLERANCE, f"loss {step.loss}, norm {step.grad_norm}, {off}"
+
+
+RANKS, VOCABULARY = 2, 66
+
+
+def cut_head(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor) -> dict[str, list[Tensor]]:
+    """One rank's sum, losses, gradient of hidden and of its part of the weight, for four ways of calling."""
+    from megavl.kernels.linear_cross_entropy.op import linear_cross_entropy
+
+    start = dist.get_rank() * VOCABULARY // RANKS
+    weight = weight[start : start + VOCABULARY // RANKS]
+
+    def gradients(labels: Tensor, **options: Any) -> list[Tensor]:
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        options = {"group": dist.group.WORLD, "vocab_start": start, "chunk_rows": 4, **options}
+        total, losses = linear_cross_entropy(x, w, labels, **options)
+        total.backward()
+        assert x.grad is not None
+        assert w.grad is not None
+        return [total.detach(), losses, x.grad, w.grad]
+
+    return {
+        "whole": gradients(targets),
+        "rows": gradients(targets, rows=rows),
+        "partial": gradients(targets, reduce_hidden_gradient=False),
+        "none": gradients(torch.full_like(targets, IGNORE)),
+    }
+
+
+def test_loss_cut_over_ranks_equals_the_whole(world: World) -> None:
+    """Targets on either rank, the last rows on one rank only; logits around 300, on one rank higher."""
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, 16, generator=generator) for n in (10, VOCABULARY))
+    weight /= 4
+    targets = torch.randint(VOCABULARY, (10,), generator=generator)
+    targets[3], targets[7] = IGNORE, IGNORE
+    hidden[:, 0], weight[:, 0] = 30.0, 10.0  # overflow unless the maximum is that of all ranks
+    weight[: VOCABULARY // RANKS, 0] = 9.5
+    targets[-2:] = torch.tensor([0, 1])  # on the first rank, whose columns hardly count here
+    rows = (targets != IGNORE).nonzero().squeeze(1)
+    ranks = world.run(cut_head, hidden, weight, targets, rows, ranks=RANKS)
+
+    x, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    losses = functional.cross_entropy(x @ w.t(), targets, reduction="none", ignore_index=IGNORE)
+    losses.sum().backward()
+    truth = [losses.sum(), losses, x.grad, w.grad]
+
+    def distance(value: Tensor, index: int) -> float:
+        expected = truth[index]
+        assert expected is not None
+        return ((value - expected).norm() / expected.norm()).item()
+
+    bound = 1e-4  # fp32 rounds logits around 300 by up to 3e-5, and that is an error of the exponential
+    for case in ("whole", "rows"):
+        for index in range(3):  # sum, losses, gradient of hidden: the same bits on both ranks
+            assert torch.equal(ranks[0][case][index], ranks[1][case][index])
+            assert distance(ranks[0][case][index], index) < bound
+        assert distance(torch.cat([r[case][3] for r in ranks]), 3) < bound
+    parts = [r["partial"][2] for r in ranks]
+    assert distance(parts[0] + parts[1], 2) < bound
+    assert distance(parts[0], 2) > 0.1
+    assert not any(x.any() for r in ranks for x in r["none"])

@@ -3,7 +3,7 @@
 In: normalised images. Out: one feature per slot of the sequence, as many as the low-resolution tower gives.
 Most blocks attend within windows of the patch grid; a few attend over the whole grid. Two paths leave the blocks: the
 last output through `neck`, and the first global block's output through `neck_hd`, weighted by `hd_alpha_downsamples`.
-Both are interpolated and pass the same `downsamples`.
+Their sum is interpolated and passes `downsamples`.
 
 Shapes: i images, S side in pixels, g patches along one side, p slots per image, c channels, n heads, d head size,
 y and x rows and columns of an attention area (the grid or one window), t = y*x its patches, b attention areas.
@@ -57,10 +57,9 @@ class SamTower(nn.Module):
         if trunk is None:
             assert images is not None, "neither images nor what the trunk made of them"
             trunk = self.trunk(images)
-        features, branch = trunk
-        side = self._to_slots(self.neck_hd(branch.permute(0, 3, 1, 2)))
-        features = self._to_slots(features) + side * self.hd_alpha_downsamples
-        return features.flatten(2).transpose(1, 2)  # [i, p, c]
+        main, branch = trunk
+        side = self.neck_hd(branch.permute(0, 3, 1, 2))
+        return self._join_paths(main, side).flatten(2).transpose(1, 2)  # [i, p, c]
 
     def trunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What SAM itself makes of images, before any parameter of the adaptor (`SAM_ADAPTOR_PREFIXES`) has a part.
@@ -79,8 +78,16 @@ class SamTower(nn.Module):
                 branch = hidden
         return self.neck(hidden.permute(0, 3, 1, 2)), branch
 
+    def _join_paths(self, main: Tensor, side: Tensor) -> Tensor:
+        """Both paths after their necks, [i, c, g, g] -> [i, c, sqrt(p), sqrt(p)].
+
+        Resizing and convolutions are linear and have no bias, so the weighted sum passes them once instead of each path
+        by itself: half of that work, forward and backward.
+        """
+        return self._to_slots(main + side * self.hd_alpha_downsamples)
+
     def _to_slots(self, features: Tensor) -> Tensor:
-        """[i, c, g, g] after a neck -> [i, c, sqrt(p), sqrt(p)]."""
+        """[i, c, g, g] after the necks -> [i, c, sqrt(p), sqrt(p)]."""
         if self.resizing_conv:
             first, second = self.downsamples
             return second(first(features, self.upsample))
