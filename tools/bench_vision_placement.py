@@ -25,6 +25,7 @@ from megavl.data.microbatch import StepBatch
 from megavl.model.build import build_stages
 from megavl.parallel.gradients import wrap_stages
 from megavl.parallel.groups import Groups, destroy_groups, init_groups
+from megavl.parallel.random_state import seed_everything
 from megavl.parallel.vision_ahead import make_ahead_encoder
 from megavl.training.freeze import apply_freeze, frozen_components
 from megavl.training.optimizer import make_optimizer
@@ -102,6 +103,7 @@ def measure(
     model: ModelConfig, layout: ParallelConfig, groups: Groups, stage: int, steps: int
 ) -> dict[VisionPlacement, list[Timed]]:
     """Steps of every placement in turn, after one of each that is not counted; all ranks must call it."""
+    seed_everything(1, groups)
     turns = {vision: make_turn(model, replace(layout, vision=vision), groups, stage) for vision in PLACEMENTS}
     for turn in turns.values():
         turn()

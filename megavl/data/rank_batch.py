@@ -68,7 +68,11 @@ def rank_place(recipe: Recipe, dp_rank: int, dp_size: int, length_multiple: int,
 
 
 def rank_rows(plan: StepPlan, step: int, place: RankPlace) -> list[list[RowSpec]]:
-    """The rows of each micro-batch of this rank."""
+    """The rows of each micro-batch of this rank.
+
+    Dealing a multimodal step needs the images of all its rows: half a millisecond a pack of about three samples,
+    measured on one core, in a loader process.
+    """
     numbers = place.row_numbers(plan.global_batch)
     language = plan.language_rows(step)
     if plan.grouping == "none" or language == plan.global_batch:

@@ -160,6 +160,8 @@ def make_ahead_encoder(
     else:
         with torch.device("meta"):  # nothing is drawn, values come from the first stage
             towers = VisionTowers(model, ops=ops)
+        if "siglip" not in frozen:
+            del towers.siglip  # trained on the first stage only
         towers = towers.to(stages[0].config.params_dtype).to_empty(device=groups.device).requires_grad_(False)
     for name, parameter in towers.named_parameters():
         if Stage.component_of(f"first_stage.towers.{name}") in frozen and groups.pipeline_size > 1:

@@ -1,5 +1,6 @@
 """The feature cache: what comes back equals what would be computed, whatever happened to the folder."""
 
+import fcntl
 import multiprocessing
 from pathlib import Path
 
@@ -102,6 +103,23 @@ def test_several_processes_share_a_folder(tmp_path: Path) -> None:
     entries = [p for p in (tmp_path / "shared").iterdir() if p.name != "lock"]
     assert sum(p.stat().st_size for p in entries) <= 10 * size
     assert not any("." in p.name for p in entries)
+
+
+def test_bytes_are_counted_by_one_process_at_a_time(tmp_path: Path) -> None:
+    """Two that read the same count would write over each other's, and the folder would outgrow the limit."""
+    with (tmp_path / "lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = multiprocessing.get_context("fork").Process(
+            target=check, args=(FeatureCache(tmp_path, ROOMY, "weights"), images(1))
+        )
+        process.start()
+        process.join(1)  # it waits for the lock; a slow machine only makes this pass
+        assert process.is_alive()
+        assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        process.join(60)
+    assert process.exitcode == 0
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_folder_that_cannot_be_written_is_left_alone(

@@ -88,7 +88,8 @@ class VisionTowers(nn.Module):
 
     def _high_input(self, pixels: Tensor | None) -> Tensor:
         assert pixels is not None, "SAM has nothing to encode"
-        return normalise(pixels, CLIP_MEAN, CLIP_STD).to(self.siglip.pos_embed.dtype)
+        assert self.sam is not None, "there is no SAM"
+        return normalise(pixels, CLIP_MEAN, CLIP_STD).to(self.sam.pos_embed.dtype)
 
     def _encode_low(self, pixels: Tensor | None) -> Tensor:
         assert pixels is not None, "SigLIP has nothing to encode"
