@@ -8,7 +8,7 @@ is.
 from pathlib import Path
 
 import pytest
-from layouts import LAYOUTS, MODEL, RECOMPUTE, STEP_NAMES, TOLERANCE, compare, save_reference
+from layouts import LAYOUTS, MESSAGES, MODEL, RECOMPUTE, STEP_NAMES, TOLERANCE, compare, save_reference
 from world import World, WorldError
 
 from megavl.config import ParallelConfig
@@ -60,6 +60,15 @@ def test_recomputing_activations_changes_nothing(
     world: World, references: dict[int, str], differences: dict[str, list[float]], layout: str
 ) -> None:
     ranks, parallel = RECOMPUTE[layout]
+    comparison = world.run(compare, 3, parallel, references[3], ranks=ranks)[0]
+    differences[f"{layout}, stage 3"] = check(comparison)
+
+
+@pytest.mark.parametrize("layout", MESSAGES)
+def test_how_messages_travel_changes_nothing(
+    world: World, references: dict[int, str], differences: dict[str, list[float]], layout: str
+) -> None:
+    ranks, parallel = MESSAGES[layout]
     comparison = world.run(compare, 3, parallel, references[3], ranks=ranks)[0]
     differences[f"{layout}, stage 3"] = check(comparison)
 
