@@ -55,13 +55,13 @@ def losses_and_gradients(stage: Stage) -> list[tuple[float, dict[str, torch.Tens
 
 
 def test_compiled_towers_change_nothing() -> None:
-    """Captured as graphs for any number of images, and run by torch's own operators: no compiler is needed here."""
+    """Captured as graphs for any number of images, and run by torch's own operators here, so no compiler is needed."""
     try:
         (stage,) = build()
         apply_freeze([stage], 2)
         names, expected = list(stage.state_dict()), losses_and_gradients(stage)
         torch._dynamo.utils.counters.clear()
-        compiled = compile_frozen_towers([stage], backend="aot_eager")
+        compiled = compile_frozen_towers([stage], backend="eager")
         assert compiled == len(stage.first_stage.towers.sam.blocks) + len(stage.first_stage.towers.siglip.blocks)
         got = losses_and_gradients(stage)
         assert list(stage.state_dict()) == names
@@ -72,6 +72,6 @@ def test_compiled_towers_change_nothing() -> None:
             for name, gradient in gradients.items():
                 torch.testing.assert_close(gradient, reference[name], rtol=1e-4, atol=1e-5, msg=name)
         apply_freeze([stage], 3)
-        assert compile_frozen_towers([stage], backend="aot_eager") == len(stage.first_stage.towers.sam.blocks)
+        assert compile_frozen_towers([stage], backend="eager") == len(stage.first_stage.towers.sam.blocks)
     finally:
         destroy_groups()
