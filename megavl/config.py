@@ -155,6 +155,13 @@ class ParallelConfig:
     """Reduce gradients while the backward pass of the last micro-batch still runs."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass runs; needs the other two."""
+    batch_p2p_comm: bool = True
+    """Exchange pipeline messages as one batch of NCCL; off: one by one. Interleaved stages always send one by one, as
+    their messages overlap with computing."""
+    batch_p2p_sync: bool = True
+    """Wait for the device after each such batch, against a race in old versions of torch (megatron-core's default)."""
+    overlap_p2p_comm_warmup_flush: bool = False
+    """Interleaved stages: overlap messages with computing in the first and last part of the schedule too."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in decoder: `selective` = core attention, `full` = whole layers."""
     recompute_vision: bool = False

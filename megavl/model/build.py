@@ -135,7 +135,9 @@ def _layout_fields(model: ModelConfig, parallel: ParallelConfig, on_cuda: bool) 
         "pipeline_model_parallel_layout": layout if parallel.pipeline > 1 else None,
         # Batched send/receive pairs mix up activations at two pipeline ranks with virtual stages (silently).
         "overlap_p2p_comm": virtual,
-        "batch_p2p_comm": not virtual,
+        "batch_p2p_comm": parallel.batch_p2p_comm and not virtual,
+        "batch_p2p_sync": parallel.batch_p2p_sync,
+        "overlap_p2p_comm_warmup_flush": parallel.overlap_p2p_comm_warmup_flush and virtual,
         # gloo may still be sending when the output's memory is given back: wrong gradients, silently.
         "deallocate_pipeline_outputs": on_cuda,
     }

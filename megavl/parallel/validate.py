@@ -67,6 +67,11 @@ def _check_switches(parallel: ParallelConfig) -> list[str]:
             f"parallel.virtual_pipeline {virtual} with TORCH_NCCL_AVOID_RECORD_STREAMS=1 in the environment gives a "
             "wrong loss (Megatron-LM issue 1586); unset the variable"
         )
+    if parallel.overlap_p2p_comm_warmup_flush and virtual == 1:
+        problems.append(
+            "parallel.overlap_p2p_comm_warmup_flush overlaps messages of interleaved stages, but "
+            "parallel.virtual_pipeline is 1"
+        )
     if parallel.overlap_param_gather:
         for name in ("distributed_optimizer", "overlap_grad_reduce"):
             if not getattr(parallel, name):

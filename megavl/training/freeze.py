@@ -67,11 +67,15 @@ def trained_components(stages: Iterable[Stage]) -> set[str]:
     }
 
 
-def compile_frozen_towers(stages: Iterable[Stage]) -> int:
+def compile_frozen_towers(stages: Iterable[Stage], backend: str = "inductor") -> int:
     """Have `torch.compile` make each block of a tower that trains nothing; to be called after `apply_freeze`.
 
     Blocks, not whole towers: those of a tower share one compilation, which is made for any number of images. Names and
     parameters stay as they are.
+
+    Args:
+        stages: the chunks of this rank, not wrapped.
+        backend: torch.compile's.
 
     Returns:
         Blocks that will be compiled when they first run.
@@ -83,6 +87,6 @@ def compile_frozen_towers(stages: Iterable[Stage]) -> int:
             blocks = [] if tower is None else list(tower.blocks)
             if not any(p.requires_grad for block in blocks for p in block.parameters()):
                 for block in blocks:
-                    block.compile(dynamic=True)
+                    block.compile(dynamic=True, backend=backend)
                 count += len(blocks)
     return count

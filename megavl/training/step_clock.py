@@ -3,6 +3,8 @@
 In: marks around the parts; megatron-core's schedules set most of them, through `config.timers`. Out: seconds by part.
 On CUDA a mark is an event in the current stream, read when the device has passed it, so nothing is waited for: what
 the device has not finished when a step is reported is counted with the next one. On the CPU a mark is a clock reading.
+A pair of marks costs 3 microseconds there (100,000 pairs, busy 2-core machine, Python 3.11); a step has three pairs per
+micro-batch and a few more.
 
 Parts are exclusive: time inside an inner part does not count in the outer one. So `schedule` is what is left of the
 pipeline schedule when forward, backward and vision are taken out: waiting for neighbours, and sending. Collectives of

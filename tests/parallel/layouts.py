@@ -96,6 +96,18 @@ RECOMPUTE: dict[str, tuple[int, ParallelConfig]] = {
 """The same for activation recomputation."""
 
 
+MESSAGES: dict[str, tuple[int, ParallelConfig]] = {
+    name: (ranks, ParallelConfig(device="cpu", **fields))
+    for name, ranks, fields in [
+        ("pp2 one by one", 2, {"pipeline": 2, "batch_p2p_comm": False}),
+        ("pp4 one by one", 4, {"pipeline": 4, "batch_p2p_comm": False}),
+        ("pp4 without waiting", 4, {"pipeline": 4, "batch_p2p_sync": False}),
+        ("pp2vpp2 flush", 2, {"pipeline": 2, "virtual_pipeline": 2, "overlap_p2p_comm_warmup_flush": True}),
+    ]
+}
+"""The same for the ways in which pipeline ranks send to each other."""
+
+
 def question(stage: int) -> Question:
     """All steps, for one training stage. Which data-parallel rank of two has no image changes from stage to stage."""
     return Question(model=MODEL, stage=stage, batches=[global_batch(MODEL, case, seed=stage % 2) for case in STEPS])

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from layouts import LAYOUTS, MODEL, RECOMPUTE, STEP_NAMES, TOLERANCE, VISION_LAYOUTS, compare, save_reference
+from layouts import LAYOUTS, MESSAGES, MODEL, RECOMPUTE, STEP_NAMES, TOLERANCE, VISION_LAYOUTS, compare, save_reference
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -81,6 +81,15 @@ def test_recomputing_activations_changes_nothing(
     world: World, references: dict[int, str], differences: dict[str, list[float]], layout: str
 ) -> None:
     ranks, parallel = RECOMPUTE[layout]
+    comparison = world.run(compare, 3, parallel, references[3], ranks=ranks)[0]
+    differences[f"{layout}, stage 3"] = check(comparison)
+
+
+@pytest.mark.parametrize("layout", MESSAGES)
+def test_how_messages_travel_changes_nothing(
+    world: World, references: dict[int, str], differences: dict[str, list[float]], layout: str
+) -> None:
+    ranks, parallel = MESSAGES[layout]
     comparison = world.run(compare, 3, parallel, references[3], ranks=ranks)[0]
     differences[f"{layout}, stage 3"] = check(comparison)
 

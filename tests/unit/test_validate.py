@@ -54,6 +54,7 @@ def test_a_layout_that_fits_has_no_problem(parallel: dict[str, Any], world_size:
         ({"virtual_pipeline": 2}, {}, 1, "parallel.virtual_pipeline 2 needs a pipeline, but parallel.pipeline is 1"),
         ({"overlap_param_gather": True}, {}, 1, "needs parallel.distributed_optimizer, which is off"),
         ({"overlap_param_gather": True}, {}, 1, "needs parallel.overlap_grad_reduce, which is off"),
+        ({"pipeline": 2, "overlap_p2p_comm_warmup_flush": True}, {}, 2, "but parallel.virtual_pipeline is 1"),
         ({"timeout_s": 0}, {}, 1, "parallel.timeout_s 0 is below 1"),
         ({"vision_batch": 0}, {}, 1, "parallel.vision_batch 0 is below 1"),
         ({"vision_ahead_mib": -1}, {}, 1, "parallel.vision_ahead_mib -1 is below 0"),
