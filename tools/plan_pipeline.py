@@ -89,21 +89,11 @@ def find(options: argparse.Namespace) -> list[Plan]:
     Raises:
         ValueError: a size or a share that cannot be, or nothing fits.
     """
-    for name in ("gpus", "tensor", "pipeline", "virtual", "micro_batch", "global_batch", "seq_length"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is below 1")
-    if not 0 <= options.language_share <= 1:
-        raise ValueError(f"--language-share {options.language_share} is outside 0 to 1")
-    model = SIZES[options.model]
-    if options.images * model.tokens_per_image > options.seq_length:
-        raise ValueError(
-            f"--images {options.images} take {options.images * model.tokens_per_image} tokens, --seq-length is "
-            f"{options.seq_length}"
-        )
+    check(options)
     sizes = {"tensor": options.tensor, "pipeline": options.pipeline, "virtual_pipeline": options.virtual}
     given = {name: size for name, size in sizes.items() if size is not None}
-    if options.tensor and options.pipeline and options.virtual is None:
-        given["virtual_pipeline"] = 1  # a plain schedule, unless asked otherwise
+    if options.tensor and options.pipeline:
+        given.setdefault("virtual_pipeline", 1)  # a plain schedule, unless asked otherwise
     parallel = ParallelConfig(
         **given,
         sequence=True,
@@ -112,24 +102,35 @@ def find(options: argparse.Namespace) -> list[Plan]:
         distributed_optimizer=True,
         overlap_grad_reduce=True,
     )
-    gpus = options.gpus or parallel.tensor * parallel.pipeline
-    if gpus % (parallel.tensor * parallel.pipeline):
+    model_ranks = parallel.tensor * parallel.pipeline
+    gpus = options.gpus or model_ranks
+    if gpus % model_ranks:
         raise ValueError(f"--gpus {gpus} does not divide by tensor * pipeline {parallel.tensor} * {parallel.pipeline}")
-    case = Case(
-        model=model,
-        stage=options.stage,
-        parallel=dataclasses.replace(parallel, sequence=parallel.sequence),
-        hardware=hardware(options),
-        dtype=options.dtype,
-    )
+    model, machine = SIZES[options.model], hardware(options)
     return search(
-        case,
+        Case(model=model, stage=options.stage, parallel=parallel, hardware=machine, dtype=options.dtype),
         make_mix(options.seq_length, options.language_share, options.images),
         gpus=gpus,
-        global_batch=options.global_batch or MICRO_BATCHES * gpus // (parallel.tensor * parallel.pipeline),
+        global_batch=options.global_batch or MICRO_BATCHES * gpus // model_ranks,
         fixed=list(given),
         micro_batch=options.micro_batch or (None if options.global_batch else 1),
     )
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse numbers that mean nothing.
+
+    Raises:
+        ValueError: the first of them.
+    """
+    for name in ("gpus", "tensor", "pipeline", "virtual", "micro_batch", "global_batch", "seq_length"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is below 1")
+    if not 0 <= options.language_share <= 1:
+        raise ValueError(f"--language-share {options.language_share} is outside 0 to 1")
+    slots = options.images * SIZES[options.model].tokens_per_image
+    if not 0 <= slots <= options.seq_length:
+        raise ValueError(f"--images {options.images} take {slots} tokens, --seq-length is {options.seq_length}")
 
 
 def hardware(options: argparse.Namespace) -> Hardware:

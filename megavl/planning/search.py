@@ -9,7 +9,6 @@ few are then run on paper, which includes transfers as the schedule meets them.
 """
 
 import dataclasses
-import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -80,7 +79,7 @@ def plan_split(case: Case, mix: Sequence[Workload], batch: Batch) -> Plan | None
     plan = plan_layout(_with_split(case, free), mix, batch, simulated=False)
     if plan.fits() or parallel.pipeline == 1:
         return plan
-    caps = _caps(plan)
+    caps = _caps(plan, mix)
     limited = best_split(loads, layers, parallel.pipeline, virtual=parallel.virtual_pipeline, caps=caps)
     if limited is None:
         return plan
@@ -132,17 +131,17 @@ def search(
 
 
 def _simulate_best(plans: Sequence[Plan], mix: Sequence[Workload]) -> list[Plan]:
-    """All plans in order, of which the first `SIMULATED` have run on paper."""
-    queue = [(_order(plan), False, number, plan) for number, plan in enumerate(plans)]
-    heapq.heapify(queue)
-    ordered: list[Plan] = []
-    while queue:
-        _, simulated, number, plan = heapq.heappop(queue)
-        if simulated or len(ordered) >= SIMULATED:
-            ordered.append(plan)
-        else:
-            run = plan_layout(plan.case, mix, plan.batch)
-            heapq.heappush(queue, (_order(run), True, number, run))
+    """All plans, best first, of which the first `SIMULATED` have run on paper."""
+    ordered, done = sorted(plans, key=_order), 0
+    run: set[int] = set()
+    while done < min(SIMULATED, len(ordered)):
+        if id(ordered[done]) in run:
+            done += 1
+            continue
+        ordered[done] = plan_layout(ordered[done].case, mix, ordered[done].batch)
+        run.add(id(ordered[done]))
+        ordered.sort(key=_order)
+        done = 0
     return ordered
 
 
@@ -190,15 +189,21 @@ def _memory(case: Case, mix: Sequence[Workload], batch: Batch) -> list[RankMemor
     return [max(ranks, key=lambda rank: rank.total) for ranks in zip(*kinds, strict=True)]
 
 
-def _caps(plan: Plan) -> list[int]:
-    """Most layers of each rank, from what a layer takes there now and how much room is left."""
-    case, allowed = plan.case, USABLE * plan.case.hardware.memory_gib * GIB
-    held = [int(count) for count in case.parallel.layout.split(",")]
+def _caps(plan: Plan, mix: Sequence[Workload]) -> list[int]:
+    """Most layers of each rank: what a layer takes there, seen by moving one away, and how much room is left."""
+    parallel, allowed = plan.case.parallel, USABLE * plan.case.hardware.memory_gib * GIB
+    split = [int(count) for count in parallel.layout.split(",")]
     caps = []
     for rank, memory in enumerate(plan.memory):
-        layers = sum(held[rank :: case.parallel.pipeline])
-        per_layer = (memory.total - memory.working) / layers  # too much on the outer ranks, hence cautious
-        caps.append(max(case.parallel.virtual_pipeline, layers + int((allowed - memory.total) // per_layer)))
+        mine = range(rank, len(split), parallel.pipeline)
+        source = max(mine, key=lambda stage: split[stage])
+        moved = [n - (at == source) + (at == (source + 1) % len(split)) for at, n in enumerate(split)]
+        held, per_layer = sum(split[stage] for stage in mine), 0.0
+        if split[source] > 1:
+            fewer = _memory(_with_split(plan.case, moved), mix, plan.batch)[rank]
+            per_layer = memory.total - fewer.total
+        room = (allowed - memory.total) // per_layer if per_layer > 0 else 0
+        caps.append(max(parallel.virtual_pipeline, held + int(room)))
     return caps
 
 

@@ -15,6 +15,7 @@ from layouts import MODEL
 from world import World
 
 from megavl.config import KernelsConfig, OptimConfig, ParallelConfig
+from megavl.data.microbatch import StepBatch
 from megavl.model.build import build_stages
 from megavl.parallel.gradients import wrap_stages
 from megavl.parallel.groups import destroy_groups, init_groups
@@ -47,8 +48,8 @@ def state_bytes(parallel: ParallelConfig, stage: int, dtype: str) -> tuple[int, 
     chunks = wrap_stages(stages, parallel, groups)
     optim = OptimConfig(lr=1e-3, schedule="constant", warmup_steps=0)
     optimizer = make_optimizer(chunks, optim, parallel, groups)
-    batch = global_batch(MODEL, "image", micro_batches=4, tokens=64)
-    train_step(chunks, optimizer, share(batch, groups.data_rank, groups.data_size), groups, lr=1e-3)
+    mine = share(global_batch(MODEL, "image", micro_batches=4, tokens=64), groups.data_rank, groups.data_size)
+    train_step(chunks, optimizer, StepBatch(step=0, language_rows=0, micro_batches=mine), groups, lr=1e-3)
     parameters = sum(p.numel() * p.element_size() for s in stages for p in s.parameters())
     gradients = sum(b.grad_data.nbytes for chunk in chunks for b in chunk.buffers)
     return groups.pipeline_rank, parameters, gradients, optimizer_bytes(optimizer, stages)

@@ -1,0 +1,197 @@
+"""The search: splits against enumeration, memory, large runs in seconds, and the command that prints plans."""
+
+import dataclasses
+import itertools
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from megavl.config import ParallelConfig
+from megavl.model.layer_split import split_layers
+from megavl.model.sizes import SIZES
+from megavl.parallel.stage_plan import stage_plan
+from megavl.planning.costs import Case, ahead_s, part_costs, stage_times
+from megavl.planning.estimate import Batch, make_mix
+from megavl.planning.hardware import HARDWARE, read_calibration
+from megavl.planning.memory import rank_memory
+from megavl.planning.search import Plan, plan_layout, plan_split, search
+from megavl.planning.split import StageLoad, best_split
+from megavl.planning.timeline import draw_timeline
+from megavl.training.flops import StepCounts
+from tools.plan_pipeline import main
+
+ROW = StepCounts(images=4, tokens=4096, squared_lengths=4096**2, logits=4096)
+
+
+def case(name: str = "7b", stage: int = 2, hardware: str = "h200", **parallel: object) -> Case:
+    return Case(
+        model=SIZES[name],
+        stage=stage,
+        parallel=ParallelConfig(**parallel),  # type: ignore[arg-type]
+        hardware=HARDWARE[hardware],
+    )
+
+
+def expected(loads: list[StageLoad], split: tuple[int, ...]) -> float:
+    ranks = len(split)
+    return sum(
+        load.share * max(load.rank_seconds(rank, ranks, count) for rank, count in enumerate(split)) for load in loads
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_enumerated_split_beats_the_dynamic_program(seed: int) -> None:
+    draw = random.Random(seed)
+    ranks, layers = draw.randint(2, 5), draw.randint(5, 12)
+    loads = [
+        StageLoad(share=share, layer=draw.uniform(0.8, 1.2), first=draw.uniform(0, 4), last=draw.uniform(0, 3))
+        for share in (0.7, 0.3)
+    ]
+    caps = [draw.randint(layers // ranks + 1, layers) for _ in range(ranks)] if seed % 2 else None
+    splits = [
+        split
+        for split in itertools.product(range(1, layers + 1), repeat=ranks)
+        if sum(split) == layers and all(n <= cap for n, cap in zip(split, caps or split, strict=True))
+    ]
+    found = best_split(loads, layers, ranks, caps=caps)
+    assert found in splits
+    assert expected(loads, found) == pytest.approx(min(expected(loads, split) for split in splits), abs=1e-9)
+
+
+def test_splits_that_cannot_be() -> None:
+    load = StageLoad(share=1.0, layer=1.0, first=0.0, last=0.0)
+    assert best_split([load], 3, 4) is None
+    assert best_split([load], 8, 4, virtual=3) is None
+    assert best_split([load], 8, 2, caps=[3, 4]) is None
+    assert best_split([load], 8, 2, virtual=2) == (2, 2, 2, 2)
+
+
+@pytest.mark.parametrize(("name", "gpus", "rows"), [("7b", 512, 2304), ("7b", 10_000, 40_000)])
+def test_large_runs_are_planned_in_seconds(name: str, gpus: int, rows: int) -> None:
+    start = time.process_time()
+    plans = search(case(name, sequence=True), make_mix(4096, 0.7, 4), gpus=gpus, global_batch=rows)
+    assert time.process_time() - start < 60  # CPU time; 3 to 6 s on one core
+    for plan in plans:
+        parallel = plan.case.parallel
+        assert plan.batch.data * parallel.tensor * parallel.pipeline == gpus
+        assert plan.batch.rows == rows
+        assert plan.fits()
+        assert min(split_layers(plan.case.model.decoder.layers, parallel)) >= 1
+        assert stage_plan(plan.case.model, parallel)
+    times = [plan.expected_s for plan in plans]
+    assert times == sorted(times)
+
+
+def test_memory_decides() -> None:
+    """What one device cannot hold goes to more of them; what none can is refused with the nearest."""
+    mix = make_mix(4096, 0.7, 4)
+    roomy = search(case(), mix, gpus=8, global_batch=64)[0]
+    tight = dataclasses.replace(case(), hardware=dataclasses.replace(HARDWARE["h200"], memory_gib=48))
+    plan = search(tight, mix, gpus=8, global_batch=64)[0]
+    assert plan.peak_bytes < 48 * 2**30 < roomy.peak_bytes
+    assert plan.expected_s >= roomy.expected_s
+    none = dataclasses.replace(case(), hardware=dataclasses.replace(HARDWARE["h200"], memory_gib=2))
+    with pytest.raises(ValueError, match="fits 2 GiB; the smallest needs"):
+        search(none, mix, gpus=8, global_batch=64)
+    with pytest.raises(ValueError, match="no layout divides 7 ranks and 64 rows"):
+        search(case(), mix, gpus=7, global_batch=64, fixed=["pipeline"])
+
+
+def test_a_full_rank_gives_layers_away() -> None:
+    """The split without a memory limit does not fit; the one that is returned does, with fewer layers on rank 0."""
+    mix, batch = make_mix(4096, 1.0, 0), Batch(micro_batch=1, micro_batches=32, data=1)
+    free = plan_split(case(pipeline=4), mix, batch)
+    assert free is not None
+    first, second, *_ = (memory.total for memory in free.memory)
+    limit = (first + second) / 2 / 2**30 / 0.92
+    tight = dataclasses.replace(case(pipeline=4), hardware=dataclasses.replace(HARDWARE["h200"], memory_gib=limit))
+    limited = plan_split(tight, mix, batch)
+    assert limited is not None
+    assert not dataclasses.replace(free, case=tight).fits()
+    assert limited.fits()
+    assert free.case.parallel.layout == "8,8,8,6"
+    assert int(limited.case.parallel.layout.split(",")[0]) < 8
+
+
+@pytest.mark.parametrize(("stage", "frozen"), [(1, {"sam", "siglip"}), (2, {"sam", "siglip"}), (3, {"sam"})])
+def test_what_trains_decides_the_backward_pass(stage: int, frozen: set[str]) -> None:
+    costs = part_costs(case(stage=stage), ROW)
+    assert {name for name in ("sam", "siglip", "aligner", "sam_adaptor") if not costs[name].backward_s} == frozen
+    whole = part_costs(case(stage=2), ROW)["layer"]
+    # A frozen layer passes gradients on but makes none of its own: one product instead of two, attention as ever.
+    assert (costs["layer"].backward_s < 0.6 * whole.backward_s) == (stage == 1)
+
+
+def test_recomputation_costs_time_and_saves_memory() -> None:
+    kinds = ("none", "selective", "full")
+    times = [stage_times(case(recompute=kind), ROW).both[0] for kind in kinds]
+    bytes_ = [rank_memory(case(recompute=kind), ROW, micro_batches=4, data=1)[0].activations for kind in kinds]
+    assert times == sorted(times)
+    assert bytes_ == sorted(bytes_, reverse=True)
+    assert bytes_[2] < bytes_[0] / 4
+
+
+def test_towers_of_stage_three_run_ahead_only_while_frozen() -> None:
+    """SAM leaves the schedule, the trained SigLIP stays, cut over the tensor group."""
+    ahead = case(stage=3, vision="split_model", tensor=2, pipeline=2)
+    here = case(stage=3, vision="replicate", tensor=2, pipeline=2)
+    assert part_costs(ahead, ROW)["siglip"].backward_s == pytest.approx(part_costs(here, ROW)["siglip"].backward_s / 2)
+    towers = part_costs(here, ROW)["sam"].forward_s / ROW.images
+    assert ahead_s(ahead, 128) == pytest.approx(32 * towers)
+    assert ahead_s(here, 128) == 0
+    rest = rank_memory(ahead, ROW, micro_batches=4, data=1)[1].parameters
+    assert rest > rank_memory(here, ROW, micro_batches=4, data=1)[1].parameters  # a copy of SAM on every rank
+
+
+def a_plan(**parallel: object) -> Plan:
+    setting = case(pipeline=4, layout="8,8,8,6", **parallel)
+    return plan_layout(setting, make_mix(4096, 0.7, 4), Batch(micro_batch=1, micro_batches=32, data=1))
+
+
+def test_timeline(tmp_path: Path) -> None:
+    plan = a_plan()
+    draw_timeline(plan, tmp_path / "plan.html")
+    draw_timeline(plan, tmp_path / "plan.png")
+    page = (tmp_path / "plan.html").read_text()
+    assert len(re.findall("<rect ", page)) == 2 * 4 * 2 * 24  # kinds, ranks, passes, micro-batches drawn
+    assert "24 of its 32 micro-batches" in page
+    assert "layout 8,8,8,6" in page
+    assert "http" not in page  # needs nothing else
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="write a .png or an .html, not .pdf".replace(".", r"\.")):
+        draw_timeline(plan, tmp_path / "plan.pdf")
+
+
+def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--tensor", "1", "--pipeline", "4", "--timeline", str(tmp_path / "a.html")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("layout 8,8,8,6 ")
+    assert "--parallel.layout 8,8,8,6" in out
+    assert (tmp_path / "a.html").exists()
+    for options, sentence in (
+        (["--tensor", "3", "--pipeline", "2"], "no layout divides 6 ranks"),
+        (["--images", "8"], "--images 8 take 4608 tokens, --seq-length is 4096"),
+        (["--pipeline", "0"], "--pipeline 0 is below 1"),
+        (["--gpus", "6", "--tensor", "4"], "--gpus 6 does not divide by tensor * pipeline 4 * 1"),
+        (["--calibration", str(tmp_path / "none.json")], "none.json"),
+    ):
+        assert main(options) == 1
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "Expecting"),
+        ("{}", "no field 'parts'"),
+        ('{"parts": {"layer": {"work": {"forward": 1}, "seconds": {"forward": 0}}}}', "which is not above 0"),
+    ],
+)
+def test_a_calibration_that_cannot_be_read(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "rates.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        read_calibration(path, HARDWARE["cpu"])
