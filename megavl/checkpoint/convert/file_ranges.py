@@ -19,7 +19,7 @@ def read_values(path: Path, offset: int, count: int, dtype: torch.dtype) -> Tens
         CheckpointError: the file ends before, or cannot be read.
     """
     values = torch.empty(count, dtype=dtype)
-    buffer = memoryview(values.view(torch.uint8).numpy()) if count else memoryview(b"")
+    buffer = bytes_of(values)
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -34,3 +34,8 @@ def read_values(path: Path, offset: int, count: int, dtype: torch.dtype) -> Tens
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     return values
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, as bytes."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

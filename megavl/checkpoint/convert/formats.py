@@ -1,12 +1,12 @@
 """What a checkpoint format must offer so that it converts from and to every other one.
 
-In: nothing. Out: `Format`, which a format's module fills and `run.py` lists. A format knows `Contents` and itself, never
-another format. Casting, choosing files to hand on, the draft folder, its renaming, verification and `conversion.json`
-are the conversion's (`run.py`), not the format's.
+In: nothing. Out: `Format`, which a format's module fills and `run.py` lists. A format knows `Contents` and itself,
+never another format. Casting, choosing files to hand on, the draft folder, its renaming, verification and
+`conversion.json` are the conversion's (`run.py`), not the format's.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ Progress = Callable[[int], None]
 class WriteOptions:
     """What a user can choose about the target."""
 
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of rank files: `tensor`, `pipeline`, `virtual_pipeline`, `layout`; the other formats have none."""
     names: Literal["4.56", "5"] = "5"
     """Version of transformers whose tensor names `hf-transformers` gets."""

@@ -90,14 +90,9 @@ def _lazy(tensor: Tensor, path: Path, name: str, records: Records) -> LazyTensor
     """A tensor of the file. `tensor` has its shape, strides and place in a storage, but no values."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise CheckpointError(f"{name}: a tensor of layout {tensor.layout}, only dense ones can be read")
-    storage, size = tensor.untyped_storage(), tensor.dtype.itemsize
-    at, shape, strides, offset = (
-        storage._checkpoint_offset,
-        tuple(tensor.shape),
-        tensor.stride(),
-        tensor.storage_offset(),
-    )
-    dtype = tensor.dtype
+    at: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[assignment]
+    shape, strides, offset = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+    dtype, size = tensor.dtype, tensor.dtype.itemsize
     extent = _extent(shape, strides)
     if extent and (records.get(at, -1) < (offset + extent) * size):
         raise CheckpointError(
