@@ -91,17 +91,17 @@ def assemble(
     for part in wanted:
         check_config(part, sources[part].config, model, sources[part].origin)
     found = {part: find_part(part, sources[part].tensors, model, sources[part].origin) for part in wanted}
-    fresh = fresh_tensors(model, seed)
     shapes = full_shapes(model)
-    tensors = {
+    public = {
         ours: join(ours, parts, shapes[ours], model.decoder.kv_heads)
         for answer in found.values()
         for ours, parts in answer.parts.items()
-    } | fresh
+    }
+    fresh = fresh_tensors(model, seed)
     unused = {name: tensor for answer in found.values() for name, tensor in answer.unused.items()}
     contents = Contents(
         model=model,
-        tensors={name: cast(tensor, dtype or tensor.dtype) for name, tensor in tensors.items()},
+        tensors={name: cast(tensor, dtype or tensor.dtype) for name, tensor in (public | fresh).items()},
         unused={name: cast(tensor, dtype or tensor.dtype) for name, tensor in unused.items()},
     )
     inventory = Inventory(
@@ -148,11 +148,12 @@ def join(ours: str, parts: Sequence[LazyTensor], shape: tuple[int, ...], groups:
     for part, rows in zip(parts, _rows_of_parts(ours, shape, len(parts)), strict=True):
         wanted = (rows, *shape[1:])
         if part.shape != wanted:
-            remark = _another_image_size(part.shape, wanted) if ours.endswith("pos_embed") else ""
+            remark = _other_positions(part.shape, wanted) if ours.endswith("pos_embed") else ""
             raise CheckpointError(f"{part.source} has shape {part.shape}, the model {wanted}{remark}")
-    if ours.endswith("linear_qkv.weight"):
-        return computed(parts, shape, lambda query, key, value: fuse_qkv(query, key, value, groups))
-    return stacked(parts)
+    whole = stacked(parts)
+    if not ours.endswith("linear_qkv.weight"):
+        return whole
+    return computed(parts, shape, lambda query, key, value: fuse_qkv(query, key, value, groups))
 
 
 def _rows_of_parts(ours: str, shape: tuple[int, ...], count: int) -> list[int]:
@@ -162,7 +163,9 @@ def _rows_of_parts(ours: str, shape: tuple[int, ...], count: int) -> list[int]:
     return [shape[0] // count] * count
 
 
-def _another_image_size(theirs: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+def _other_positions(theirs: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     """What another number of positions means; positions are never interpolated."""
+    if prod(theirs[:-1]) == prod(wanted[:-1]):
+        return ""
     sides = [isqrt(prod(shape[:-1])) for shape in (theirs, wanted)]
     return f": positions of {sides[0]} x {sides[0]} patches for {sides[1]} x {sides[1]}, so another image size"
