@@ -4,26 +4,26 @@ In: a run folder, a `checkpoints` folder or one checkpoint; or `Contents`. Out: 
 
     .metadata, *.distcp, metadata.json, common.pt    the tensors (megatron-core's `torch_dist`)
     state.json                                       training state besides tensors, where there is one
-    model.json                                       the sizes, where no run's recipe tells them
+    model.json, unused.safetensors, files/           what conversion hands on (`carried.py`)
 """
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megavl.checkpoint import folder as folders
+from megavl.checkpoint.convert.carried import MODEL, model_of, read_files, read_model, read_unused, write_carried
 from megavl.checkpoint.convert.contents import Contents, Training
 from megavl.checkpoint.convert.dist_read import read_tensors
 from megavl.checkpoint.convert.dist_write import write_tensors
 from megavl.checkpoint.convert.formats import Format, Progress, Slice, WriteOptions
+from megavl.checkpoint.convert.full_shapes import check_shapes
 from megavl.checkpoint.convert.lazy import LazyTensor
-from megavl.checkpoint.convert.sizes import MODEL_FILE, read_sizes, sizes_from
 from megavl.checkpoint.folder import CheckpointError
 from megavl.checkpoint.index import INDEX
 from megavl.checkpoint.optimizer_state import PREFIX as OPTIMIZER_PREFIX
 from megavl.checkpoint.state import RANDOM_KEY
+from megavl.config import ModelConfig
 
 
 def detect(path: Path) -> bool:
@@ -53,7 +53,10 @@ def read(path: Path) -> Contents:
         training = training_from(folders.read_state(folder), optimizer, folder / folders.STATE)
     elif optimizer:
         raise CheckpointError(f"{folder}: {len(optimizer)} optimizer tensors but no {folders.STATE}")
-    return Contents(model=_sizes(folder, training), tensors=tensors, training=training)
+    model = _sizes(folder, training)
+    check_shapes(tensors, model, str(folder))
+    unused, files = read_unused(folder), read_files(folder)
+    return Contents(model=model, tensors=tensors, unused=unused, files=files, training=training)
 
 
 def write(contents: Contents, folder: Path, options: WriteOptions, progress: Progress) -> None:
@@ -63,7 +66,7 @@ def write(contents: Contents, folder: Path, options: WriteOptions, progress: Pro
         CheckpointError: a tensor cannot be read.
         OSError: the file system refused.
     """
-    folders.write_durably(folder / MODEL_FILE, json.dumps(asdict(contents.model), indent=1))
+    write_carried(contents, folder, options.drop_unused, progress)
     if contents.training:
         folders.write_state(folder, description_of(contents.training))
     write_tensors(folder, stored_tensors(contents), progress)
@@ -117,14 +120,18 @@ def description_of(training: Training) -> dict[str, Any]:
     }
 
 
-def _sizes(folder: Path, training: Training | None) -> Any:
+def _sizes(folder: Path, training: Training | None) -> ModelConfig:
     """The sizes, from the folder's own file or the run's recipe."""
-    if (folder / MODEL_FILE).exists():
-        return read_sizes(folder / MODEL_FILE)
-    model = training.description.get("recipe", {}).get("model") if training else None
-    if not model:
-        raise CheckpointError(f"{folder}: neither {MODEL_FILE} nor a recipe in {folders.STATE} tells the model's sizes")
-    return sizes_from(model, f"{folder / folders.STATE}: recipe.model")
+    model = read_model(folder)
+    if model is not None:
+        return model
+    recipe = training.description.get("recipe") if training else None
+    if not recipe:
+        raise CheckpointError(f"{folder}: neither {MODEL} nor a recipe in {folders.STATE} tells the model's sizes")
+    try:
+        return model_of(recipe["model"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / folders.STATE}: recipe.model is not the sizes of a model ({error})") from None
 
 
 FORMAT = Format(name="megatron-dist", detect=detect, read=read, write=write, plan=plan, describe=describe)
