@@ -68,9 +68,7 @@ def write_rank_files(files: dict[Path, dict[str, Any]], progress: Progress) -> N
             stack.callback(os.close, file)
             for part, offset in offsets:
                 rooms.setdefault(id(part.source), []).append(_Room(part, file, offset))
-        pieces = (
-            (of_source, first, stop) for of_source in rooms.values() for first, stop in _pieces(of_source[0].part)
-        )
+        pieces = ((of, first, stop) for of in rooms.values() for first, stop in _pieces(of[0].part.source))
         _in_threads(pieces, progress)
 
 
@@ -100,10 +98,10 @@ def _with_fake_tensors(value: Any, parts: list[Part]) -> Any:
     return value
 
 
-def _pieces(part: Part) -> Iterator[tuple[int, int]]:
+def _pieces(source: LazyTensor) -> Iterator[tuple[int, int]]:
     """Row ranges of a source tensor."""
-    rows = part.source.num_rows
-    count = max(1, min(rows, -(-part.source.nbytes // PIECE_BYTES)))
+    rows = source.num_rows
+    count = max(1, min(rows, -(-source.nbytes // PIECE_BYTES)))
     return ((rows * number // count, rows * (number + 1) // count) for number in range(count))
 
 
@@ -145,7 +143,7 @@ def _copy(rooms: list[_Room], first: int, stop: int, progress: Progress) -> None
 
 def _write(file: int, offset: int, values: Tensor) -> None:
     """All bytes of a contiguous tensor."""
-    left = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+    left: Any = values.reshape(-1).view(torch.uint8).numpy().data
     while left:
         written = os.pwrite(file, left, offset)
         left, offset = left[written:], offset + written

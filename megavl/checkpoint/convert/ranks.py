@@ -29,7 +29,7 @@ from megavl.checkpoint.convert.dist import description_of, training_from
 from megavl.checkpoint.convert.formats import Format, Progress, Slice, WriteOptions
 from megavl.checkpoint.convert.full_shapes import check_shapes
 from megavl.checkpoint.convert.lazy import LazyTensor
-from megavl.checkpoint.convert.rank_layout import RankLayout, cut_of, local_shape, rank_layout, slabs
+from megavl.checkpoint.convert.rank_layout import RankLayout, Slab, cut_of, local_shape, rank_layout, slabs
 from megavl.checkpoint.convert.rank_read import FILE, VERSION, read_layout, read_rank_files
 from megavl.checkpoint.convert.rank_write import Part, write_rank_files
 from megavl.checkpoint.folder import CheckpointError, write_durably
@@ -97,19 +97,9 @@ def plan(contents: Contents, options: WriteOptions) -> Iterator[Slice]:
         content = _rank_content(contents, layout, *ranks)
         file = f"{_iteration_name(contents)}/{layout.folder_of(*ranks)}/{FILE}"
         for name, part in _parts(content, ()):
-            source = part.source
-            text = ", ".join(
-                f"rows {slab.first}..{slab.stop - 1}"
-                + (f", columns {slab.columns.start}..{slab.columns.stop - 1}" if slab.columns else "")
-                for slab in part.slabs
-            )
-            yield Slice(
-                name=name,
-                shape=part.shape,
-                dtype=source.dtype,
-                file=file,
-                part=text if part.shape != source.shape else "",
-            )
+            whole = part.shape == part.source.shape
+            where = "" if whole else ", ".join(map(_in_words, part.slabs))
+            yield Slice(name=name, shape=part.shape, dtype=part.source.dtype, file=file, part=where)
 
 
 def describe(path: Path) -> str:
@@ -182,6 +172,12 @@ def _parts(content: dict[str, Any], above: tuple[str, ...]) -> Iterator[tuple[st
             yield ".".join((*above, key)), value
         elif isinstance(value, dict):
             yield from _parts(value, (*above, key))
+
+
+def _in_words(slab: Slab) -> str:
+    """Rows and columns of a full tensor."""
+    columns = f", columns {slab.columns.start}..{slab.columns.stop - 1}" if slab.columns else ""
+    return f"rows {slab.first}..{slab.stop - 1}{columns}"
 
 
 def _args(model: ModelConfig, layout: RankLayout) -> dict[str, Any]:
