@@ -77,13 +77,13 @@ def assemble(
         sources: `language` and `siglip`, and `sam` for models with a high-resolution tower.
         model: its sizes; every source must have them.
         seed: of the fresh tensors, `stage.seed` of a run that would draw the same.
-        dtype: type of all tensors; None leaves each as it is published, and fresh ones fp32.
+        dtype: type of all tensors; None takes that of the sources, where they have the same.
 
     Returns:
         The model and where it comes from.
 
     Raises:
-        CheckpointError: a source is missing, is not needed, lacks a tensor or has other sizes.
+        CheckpointError: a source is missing, is not needed, lacks a tensor or has other sizes; types differ.
     """
     wanted: tuple[Part, ...] = ("language", "siglip", "sam") if model.sam else ("language", "siglip")
     if set(sources) != set(wanted):
@@ -97,12 +97,13 @@ def assemble(
         for answer in found.values()
         for ours, parts in answer.parts.items()
     }
+    dtype = dtype or _common_type(found)
     fresh = fresh_tensors(model, seed)
     unused = {name: tensor for answer in found.values() for name, tensor in answer.unused.items()}
     contents = Contents(
         model=model,
-        tensors={name: cast(tensor, dtype or tensor.dtype) for name, tensor in (public | fresh).items()},
-        unused={name: cast(tensor, dtype or tensor.dtype) for name, tensor in unused.items()},
+        tensors={name: cast(tensor, dtype) for name, tensor in (public | fresh).items()},
+        unused={name: cast(tensor, dtype) for name, tensor in unused.items()},
     )
     inventory = Inventory(
         found=found,
@@ -112,6 +113,16 @@ def assemble(
         seed=seed,
     )
     return contents, inventory
+
+
+def _common_type(found: Mapping[Part, Found]) -> torch.dtype:
+    """The type that all sources have; rounding or widening some of them is for the user to ask for."""
+    types = {part: {t.dtype for parts in answer.parts.values() for t in parts} for part, answer in found.items()}
+    every = set().union(*types.values())
+    if len(every) > 1:
+        told = ", ".join(f"{part} {' and '.join(sorted(map(str, own)))}" for part, own in types.items())
+        raise CheckpointError(f"types differ: {told}; --dtype gives all of them one")
+    return every.pop()
 
 
 def fresh_tensors(model: ModelConfig, seed: int) -> dict[str, LazyTensor]:
@@ -153,7 +164,7 @@ def join(ours: str, parts: Sequence[LazyTensor], shape: tuple[int, ...], groups:
     whole = stacked(parts)
     if not ours.endswith("linear_qkv.weight"):
         return whole
-    return computed(parts, shape, lambda query, key, value: fuse_qkv(query, key, value, groups))
+    return fuse_qkv(parts[0], parts[1], parts[2], groups)
 
 
 def _rows_of_parts(ours: str, shape: tuple[int, ...], count: int) -> list[int]:
