@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
             _show(plan(request), options.show)
             return 0
         start = time.monotonic()
-        record = convert(request, _bar)
+        record = convert(request, progress_bar)
     except CheckpointError as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 1
@@ -97,7 +97,7 @@ def _request(options: argparse.Namespace) -> Request:
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[Progress]:
+def progress_bar(what: str, total: int) -> Iterator[Progress]:
     """A progress bar with bytes and bytes per second; where there is no terminal, only its last state is printed."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with RichProgress(*columns, TimeRemainingColumn(), console=_CONSOLE) as bar:
@@ -108,7 +108,9 @@ def _bar(what: str, total: int) -> Iterator[Progress]:
 def _show(planned: Plan, count: int) -> None:
     """The plan: first and last tensors, and the sum."""
     training = planned.contents.training
-    _CONSOLE.print(f"{planned.source.name} -> {planned.target.name}, {planned.nbytes:,} bytes in {_files(planned)}")
+    _CONSOLE.print(
+        f"{planned.source['format']} -> {planned.target.name}, {planned.nbytes:,} bytes in {_files(planned)}"
+    )
     if training:
         _CONSOLE.print(f"training state of step {training.step}")
     slices = planned.slices

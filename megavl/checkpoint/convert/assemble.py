@@ -67,6 +67,18 @@ class Inventory:
         lines += [f"absent, unused by every forward pass: {len(self.absent)} tensors"] if self.absent else []
         return lines + [f"  {name}" for name in self.absent]
 
+    def record(self) -> dict[str, Any]:
+        """The same for `conversion.json`."""
+        return {
+            "format": "separately published weights",
+            "path": dict(self.origins),
+            "dialect": {part: found.naming.dialect for part, found in self.found.items()},
+            "left_over": {part: dict(found.left_over) for part, found in self.found.items()},
+            "seed": self.seed,
+            "fresh": list(self.fresh),
+            "absent": list(self.absent),
+        }
+
 
 def assemble(
     sources: Mapping[Part, Source], model: ModelConfig, *, seed: int, dtype: torch.dtype | None = None

@@ -56,7 +56,7 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
         path = find_file(folder, name)
         if path is None:
             raise CheckpointError(f"{folder}: shard {name} is missing, one of {len(files)} that the index names")
-        shards[name] = read_safetensors(path) if path.suffix != ".bin" else _read_bin(path)
+        shards[name] = read_safetensors(path) if path.suffix != ".bin" else read_bin(path)
     counts = Counter(tensor for shard in shards.values() for tensor in shard)
     doubled = [tensor for tensor, count in counts.items() if count > 1]
     if doubled:
@@ -92,7 +92,12 @@ def _weight_map(folder: Path, index: str) -> dict[str, str]:
     return table
 
 
-def _read_bin(path: Path) -> dict[str, LazyTensor]:
+def read_bin(path: Path) -> dict[str, LazyTensor]:
+    """Every tensor of a file of `torch.save`.
+
+    Raises:
+        CheckpointError: it is damaged, holds anything else, or asks for code.
+    """
     content = read_torch_file(path)
     if not isinstance(content, dict) or not all(isinstance(tensor, LazyTensor) for tensor in content.values()):
         raise CheckpointError(f"{path}: not a table of tensors")

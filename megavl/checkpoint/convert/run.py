@@ -60,8 +60,8 @@ class Request:
 class Plan:
     """A conversion that can be done."""
 
-    source: Format
-    """Format of the source."""
+    source: dict[str, Any]
+    """`format` and whatever else tells where it comes from, for `conversion.json`."""
     target: Format
     """Format of the target."""
     contents: Contents
@@ -110,6 +110,20 @@ def plan(request: Request) -> Plan:
     """
     _check_target(request)
     source, contents = open_checkpoint(request.source)
+    return plan_contents(contents, {"format": source.name, "path": str(request.source.resolve())}, request)
+
+
+def plan_contents(contents: Contents, source: dict[str, Any], request: Request) -> Plan:
+    """Lay out the target of contents that are open already.
+
+    Args:
+        contents: what to write.
+        source: where they come from.
+        request: what the target should be.
+
+    Raises:
+        CheckpointError: they cannot become what is asked for.
+    """
     target = next((known for known in FORMATS if known.name == request.to), None)
     assert target is not None, f"{request.to} is not registered"
     contents = _prepare(contents, request, target)
@@ -154,7 +168,11 @@ def convert(request: Request, bar: Bar) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be done; nothing of it is left and the source is as before.
     """
-    planned = plan(request)
+    return carry_out(plan(request), request, bar)
+
+
+def carry_out(planned: Plan, request: Request, bar: Bar) -> dict[str, Any]:
+    """`convert` from its plan on."""
     parent, draft = request.target.absolute().parent, _draft(request.target)
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +216,7 @@ def _describe(planned: Plan, request: Request) -> dict[str, Any]:
     contents, options = planned.contents, request.options
     layout = options.parallel
     return {
-        "source": {"path": str(request.source.resolve()), "format": planned.source.name},
+        "source": planned.source,
         "target": {
             "format": planned.target.name,
             "names": options.names if planned.target.name == "hf-transformers" else None,
