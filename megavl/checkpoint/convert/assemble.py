@@ -14,7 +14,7 @@ import torch
 
 from megavl.checkpoint.convert.contents import Contents
 from megavl.checkpoint.convert.lazy import LazyTensor, cast, computed, in_memory, stacked
-from megavl.checkpoint.convert.public_config import check_config
+from megavl.checkpoint.convert.public_config import check_language, check_sam, check_siglip
 from megavl.checkpoint.convert.public_names import FRESH_PREFIXES, Found, Part, find_part
 from megavl.checkpoint.convert.shapes import full_shapes
 from megavl.checkpoint.folder import CheckpointError
@@ -100,9 +100,12 @@ def assemble(
     wanted: tuple[Part, ...] = ("language", "siglip", "sam") if model.sam else ("language", "siglip")
     if set(sources) != set(wanted):
         raise CheckpointError(f"the model is made of {', '.join(wanted)}, given are {', '.join(sources)}")
-    for part in wanted:
-        check_config(part, sources[part].config, model, sources[part].origin)
+    language, siglip = sources["language"], sources["siglip"]
+    check_language(language.config, model.decoder, language.origin)  # says more than a missing tensor would
     found = {part: find_part(part, sources[part].tensors, model, sources[part].origin) for part in wanted}
+    check_siglip(siglip.config, model.siglip, siglip.origin)
+    if model.sam:
+        check_sam(sources["sam"].config, model.sam, sources["sam"].origin)
     shapes = full_shapes(model)
     public = {
         ours: join(ours, parts, shapes[ours], model.decoder.kv_heads)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megavl.checkpoint.folder import CheckpointError
-from megavl.config import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.config import DecoderConfig, SamConfig, SiglipConfig
 
 
 def check_language(config: Mapping[str, Any] | None, size: DecoderConfig, origin: str) -> None:
@@ -69,17 +69,6 @@ def check_sam(config: Mapping[str, Any] | None, size: SamConfig, origin: str) ->
         "layer_norm_eps": 1e-6,
     }
     _refuse(dict(_told(config, expected)), origin)
-
-
-def check_config(part: str, config: Mapping[str, Any] | None, model: ModelConfig, origin: str) -> None:
-    """The check of `part`, one of `language`, `siglip`, `sam`; raises what that raises."""
-    if part == "language":
-        check_language(config, model.decoder, origin)
-    elif part == "siglip":
-        check_siglip(config, model.siglip, origin)
-    else:
-        assert model.sam is not None
-        check_sam(config, model.sam, origin)
 
 
 def _told(config: Mapping[str, Any] | None, expected: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
