@@ -1,7 +1,7 @@
 """What a checkpoint format must offer so that it converts from and to every other one.
 
 In: nothing. Out: `Format`, which a format's module fills and `run.py` lists. A format knows `Contents` and itself,
-never another format. Casting, choosing files to hand on, the draft folder, its renaming, verification and
+never another format. Casting, side files (`carried.py`), the draft folder, its renaming, verification and
 `conversion.json` are the conversion's (`run.py`), not the format's.
 """
 
@@ -59,8 +59,10 @@ class Format:
     read: Callable[[Path], Contents]
     """Names, shapes and types now, values later. Raises CheckpointError, one sentence with the file."""
     write: Callable[[Contents, Path, WriteOptions, Progress], None]
-    """Fill an empty existing folder, including what `carried.write_carried` writes."""
+    """Fill an empty existing folder."""
     plan: Callable[[Contents, WriteOptions], Iterator[Slice]]
     """What `write` would write, in that order, without reading a value. Raises CheckpointError as `write` would."""
     describe: Callable[[Path], str]
     """The layout in words, such as `tensor 2, pipeline 2, layers 8,8,8,6`, for inspection."""
+    carries: bool = False
+    """Whether `Contents.files` and `Contents.unused` are read and written by the format itself, not as side files."""
