@@ -4,21 +4,23 @@ In: a run folder, a `checkpoints` folder or one checkpoint; or `Contents`. Out: 
 
     .metadata, *.distcp, metadata.json, common.pt    the tensors (megatron-core's `torch_dist`)
     state.json                                       training state besides tensors, where there is one
-    model.json, unused.safetensors, files/           what conversion hands on (`carried.py`)
+    model.json                                       the sizes, where no run's recipe tells them
 """
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megavl.checkpoint import folder as folders
-from megavl.checkpoint.convert.carried import MODEL, model_of, read_files, read_model, read_unused, write_carried
 from megavl.checkpoint.convert.contents import Contents, Training
 from megavl.checkpoint.convert.dist_read import read_tensors
 from megavl.checkpoint.convert.dist_write import write_tensors
 from megavl.checkpoint.convert.formats import Format, Progress, Slice, WriteOptions
-from megavl.checkpoint.convert.full_shapes import check_shapes
 from megavl.checkpoint.convert.lazy import LazyTensor
+from megavl.checkpoint.convert.shapes import check_shapes
+from megavl.checkpoint.convert.sizes import MODEL_FILE, read_sizes, sizes_from
 from megavl.checkpoint.folder import CheckpointError
 from megavl.checkpoint.index import INDEX
 from megavl.checkpoint.optimizer_state import PREFIX as OPTIMIZER_PREFIX
@@ -54,9 +56,8 @@ def read(path: Path) -> Contents:
     elif optimizer:
         raise CheckpointError(f"{folder}: {len(optimizer)} optimizer tensors but no {folders.STATE}")
     model = _sizes(folder, training)
-    check_shapes(tensors, model, str(folder))
-    unused, files = read_unused(folder), read_files(folder)
-    return Contents(model=model, tensors=tensors, unused=unused, files=files, training=training)
+    check_shapes(tensors, model)
+    return Contents(model=model, tensors=tensors, training=training)
 
 
 def write(contents: Contents, folder: Path, options: WriteOptions, progress: Progress) -> None:
@@ -66,7 +67,7 @@ def write(contents: Contents, folder: Path, options: WriteOptions, progress: Pro
         CheckpointError: a tensor cannot be read.
         OSError: the file system refused.
     """
-    write_carried(contents, folder, options.drop_unused, progress)
+    folders.write_durably(folder / MODEL_FILE, json.dumps(asdict(contents.model), indent=1))
     if contents.training:
         folders.write_state(folder, description_of(contents.training))
     write_tensors(folder, stored_tensors(contents), progress)
@@ -122,16 +123,12 @@ def description_of(training: Training) -> dict[str, Any]:
 
 def _sizes(folder: Path, training: Training | None) -> ModelConfig:
     """The sizes, from the folder's own file or the run's recipe."""
-    model = read_model(folder)
-    if model is not None:
-        return model
+    if (folder / MODEL_FILE).exists():
+        return read_sizes(folder / MODEL_FILE)
     recipe = training.description.get("recipe") if training else None
-    if not recipe:
-        raise CheckpointError(f"{folder}: neither {MODEL} nor a recipe in {folders.STATE} tells the model's sizes")
-    try:
-        return model_of(recipe["model"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / folders.STATE}: recipe.model is not the sizes of a model ({error})") from None
+    if not isinstance(recipe, dict) or not recipe:
+        raise CheckpointError(f"{folder}: neither {MODEL_FILE} nor a recipe in {folders.STATE} tells the model's sizes")
+    return sizes_from(recipe.get("model"), f"{folder / folders.STATE}: recipe.model")
 
 
 FORMAT = Format(name="megatron-dist", detect=detect, read=read, write=write, plan=plan, describe=describe)

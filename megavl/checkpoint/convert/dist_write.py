@@ -8,10 +8,9 @@ threads reads the next piece of a tensor, lets `torch.save` append it to the thr
 import io
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megavl.checkpoint.convert.formats import Progress
 from megavl.checkpoint.convert.lazy import LazyTensor
+from megavl.checkpoint.convert.safetensors_file import pieces
 from megavl.checkpoint.folder import BACKEND, MARKER, write_durably
 
 THREADS = 3
@@ -49,8 +49,8 @@ def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor], progress: Pro
         CheckpointError: a tensor cannot be read.
         OSError: the file system refused.
     """
-    pieces = [piece for name, tensor in tensors.items() for piece in _pieces(name, tensor)]
-    queue, lock, stop = iter(pieces), threading.Lock(), threading.Event()
+    written = [_Piece(name, tensors[name], first, stop) for name, first, stop in pieces(tensors, PIECE_BYTES)]
+    queue, lock, stop = iter(written), threading.Lock(), threading.Event()
 
     def take() -> "_Piece | None":
         with lock:
@@ -73,7 +73,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor], progress: Pro
     nothing = io.BytesIO()
     torch.save({}, nothing)  # megatron-core asks for the file; all that we save besides tensors is JSON
     write_durably(folder / COMMON_STATE_FNAME, nothing.getvalue())
-    FileSystemWriter(folder).finish(_index(pieces, tensors), results)
+    FileSystemWriter(folder).finish(_index(written, tensors), results)
     write_durably(folder / MARKER, json.dumps(BACKEND))
 
 
@@ -90,13 +90,11 @@ class _Piece:
     tensor: LazyTensor
     first: int
     stop: int
-    number: int
-    """Which piece of its tensor, from 0."""
 
     @property
     def index(self) -> MetadataIndex:
         """The name under which the index knows it."""
-        return MetadataIndex(self.name, self.offsets, self.number)
+        return MetadataIndex(self.name, self.offsets)
 
     @property
     def offsets(self) -> torch.Size:
@@ -115,14 +113,6 @@ class _Piece:
         return self.sizes.numel() * self.tensor.dtype.itemsize
 
 
-def _pieces(name: str, tensor: LazyTensor) -> Iterator[_Piece]:
-    """The pieces of a tensor, of nearly equal size; one at least."""
-    count = max(1, min(tensor.num_rows, -(-tensor.nbytes // PIECE_BYTES)))
-    edges = [tensor.num_rows * number // count for number in range(count + 1)]
-    for number, (first, stop) in enumerate(pairwise(edges)):
-        yield _Piece(name, tensor, first, stop, number)
-
-
 def _append(piece: _Piece, stream: io.BufferedWriter, name: str) -> WriteResult:
     """Write one piece behind the others of a file."""
     start = stream.tell()
@@ -136,10 +126,10 @@ def _append(piece: _Piece, stream: io.BufferedWriter, name: str) -> WriteResult:
     return WriteResult(piece.index, length, _StorageInfo(name, start, length))
 
 
-def _index(pieces: list[_Piece], tensors: Mapping[str, LazyTensor]) -> Metadata:
+def _index(written: list[_Piece], tensors: Mapping[str, LazyTensor]) -> Metadata:
     """torch's description of all tensors; where they lie comes from the results of writing."""
     chunks: dict[str, list[ChunkStorageMetadata]] = {}
-    for piece in pieces:
+    for piece in written:
         chunks.setdefault(piece.name, []).append(ChunkStorageMetadata(piece.offsets, piece.sizes))
     entries = {
         name: TensorStorageMetadata(TensorProperties(tensor.dtype), torch.Size(tensor.shape), chunks[name])

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavl.checkpoint.convert.carried import model_of
-from megavl.checkpoint.convert.full_shapes import full_shapes
 from megavl.checkpoint.convert.lazy import LazyTensor
 from megavl.checkpoint.convert.rank_layout import RankLayout, cut_of, local_shape, rank_layout, slabs
+from megavl.checkpoint.convert.shapes import full_shapes
+from megavl.checkpoint.convert.sizes import sizes_from
 from megavl.checkpoint.convert.torch_file import read_torch_file
 from megavl.checkpoint.folder import CheckpointError
 from megavl.config import ModelConfig, ParallelConfig
@@ -49,11 +49,8 @@ def read_rank_files(folder: Path) -> RankFiles:
     Raises:
         CheckpointError: a file is missing, damaged, asks for code, or does not fit the others.
     """
+    model, layout = read_layout(folder)
     found = sorted(folder.glob(f"mp_rank_*/{FILE}"))
-    if not found:
-        raise CheckpointError(f"{folder}: no mp_rank_*/{FILE} in it")
-    args = _args(_content(found[0]), found[0])
-    model, layout = _model(args, found[0]), _layout(args, found[0])
     paths = {ranks: folder / layout.folder_of(*ranks) / FILE for ranks in layout.ranks()}
     missing = [path for path in paths.values() if not path.is_file()]
     if missing or len(found) != len(paths):
@@ -73,8 +70,8 @@ def read_rank_files(folder: Path) -> RankFiles:
     return RankFiles(layout=layout, model=model, tensors=tensors, optimizer=optimizer, state=files[0, 0].get("state"))
 
 
-def read_layout(folder: Path) -> RankLayout:
-    """The layout that the first rank file names.
+def read_layout(folder: Path) -> tuple[ModelConfig, RankLayout]:
+    """Sizes and layout that the first rank file names.
 
     Raises:
         CheckpointError: there is none, or it names none.
@@ -82,7 +79,9 @@ def read_layout(folder: Path) -> RankLayout:
     first = next(iter(sorted(folder.glob(f"mp_rank_*/{FILE}"))), None)
     if first is None:
         raise CheckpointError(f"{folder}: no mp_rank_*/{FILE} in it")
-    return _layout(_args(_content(first), first), first)
+    args = _args(_content(first), first)
+    model = sizes_from(args.get("model"), f"{first}: args.model")
+    return model, _layout(args, model, first)
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -101,16 +100,8 @@ def _args(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     return args
 
 
-def _model(args: Mapping[str, Any], path: Path) -> ModelConfig:
-    try:
-        return model_of(args["model"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: args.model is not the sizes of a model ({error})") from None
-
-
-def _layout(args: Mapping[str, Any], path: Path) -> RankLayout:
+def _layout(args: Mapping[str, Any], model: ModelConfig, path: Path) -> RankLayout:
     """The layout, checked against the sizes as a run's would be."""
-    model = _model(args, path)
     try:
         parallel = ParallelConfig(
             tensor=int(args["tensor_model_parallel_size"]),

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megavl.checkpoint.convert.file_ranges import bytes_of
 from megavl.checkpoint.convert.formats import Progress
 from megavl.checkpoint.convert.lazy import LazyTensor
 from megavl.checkpoint.convert.rank_layout import Slab
+from megavl.checkpoint.convert.safetensors_file import pieces
 
 THREADS = 3
 """Pieces read and written at a time."""
@@ -68,8 +70,9 @@ def write_rank_files(files: dict[Path, dict[str, Any]], progress: Progress) -> N
             stack.callback(os.close, file)
             for part, offset in offsets:
                 rooms.setdefault(id(part.source), []).append(_Room(part, file, offset))
-        pieces = ((of, first, stop) for of in rooms.values() for first, stop in _pieces(of[0].part.source))
-        _in_threads(pieces, progress)
+        sources = {str(key): of_source[0].part.source for key, of_source in rooms.items()}
+        cut = pieces(sources, PIECE_BYTES)
+        _in_threads(((rooms[int(key)], first, stop) for key, first, stop in cut), progress)
 
 
 def _write_without_values(path: Path, content: dict[str, Any]) -> list[tuple[Part, int]]:
@@ -98,21 +101,14 @@ def _with_fake_tensors(value: Any, parts: list[Part]) -> Any:
     return value
 
 
-def _pieces(source: LazyTensor) -> Iterator[tuple[int, int]]:
-    """Row ranges of a source tensor."""
-    rows = source.num_rows
-    count = max(1, min(rows, -(-source.nbytes // PIECE_BYTES)))
-    return ((rows * number // count, rows * (number + 1) // count) for number in range(count))
-
-
-def _in_threads(pieces: Iterator[tuple[list[_Room], int, int]], progress: Progress) -> None:
+def _in_threads(work: Iterator[tuple[list[_Room], int, int]], progress: Progress) -> None:
     """Copy all pieces; the first error stops every thread."""
     lock, stop = threading.Lock(), threading.Event()
 
-    def work() -> None:
+    def copy_all() -> None:
         while not stop.is_set():
             with lock:
-                piece = next(pieces, None)
+                piece = next(work, None)
             if piece is None:
                 return
             try:
@@ -122,7 +118,7 @@ def _in_threads(pieces: Iterator[tuple[list[_Room], int, int]], progress: Progre
                 raise
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for worker in [pool.submit(work) for _ in range(THREADS)]:
+        for worker in [pool.submit(copy_all) for _ in range(THREADS)]:
             worker.result()
 
 
@@ -143,7 +139,7 @@ def _copy(rooms: list[_Room], first: int, stop: int, progress: Progress) -> None
 
 def _write(file: int, offset: int, values: Tensor) -> None:
     """All bytes of a contiguous tensor."""
-    left: Any = values.reshape(-1).view(torch.uint8).numpy().data
+    left = bytes_of(values)
     while left:
         written = os.pwrite(file, left, offset)
         left, offset = left[written:], offset + written

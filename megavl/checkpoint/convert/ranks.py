@@ -4,14 +4,13 @@ In: such a folder, or `Contents` and a layout. Out: `Contents`, or the folder.
 
     latest_checkpointed_iteration.txt          the newest iteration, or `release`: weights without a run
     iter_0000123/mp_rank_TT[_PPP]/model_optim_rng.pt
-    model.json, unused.safetensors, files/     what conversion hands on (`carried.py`)
 
 A rank file is what `torch.save` makes of a dict:
 
     checkpoint_version   3.0
     iteration            steps done
-    args                 sizes and layout, a dict: Megatron-LM's Namespace is an object, which only a reader that runs
-                         what a file asks for would load
+    args                 sizes and layout, a dict: Megatron-LM's Namespace is a class, which torch's weights-only
+                         reading refuses where megatron-core has not named it as safe
     model, or model0, model1, ... with virtual stages: local name -> this rank's part of the weights
     optimizer            the same keys -> kind (exp_avg, exp_avg_sq, param) -> local name -> part; only with a run
     state                the run's description, as `state.json`; only with a run
@@ -23,15 +22,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megavl.checkpoint.convert.carried import read_files, read_unused, write_carried
 from megavl.checkpoint.convert.contents import Contents
 from megavl.checkpoint.convert.dist import description_of, training_from
 from megavl.checkpoint.convert.formats import Format, Progress, Slice, WriteOptions
-from megavl.checkpoint.convert.full_shapes import check_shapes
 from megavl.checkpoint.convert.lazy import LazyTensor
 from megavl.checkpoint.convert.rank_layout import RankLayout, Slab, cut_of, local_shape, rank_layout, slabs
 from megavl.checkpoint.convert.rank_read import FILE, VERSION, read_layout, read_rank_files
 from megavl.checkpoint.convert.rank_write import Part, write_rank_files
+from megavl.checkpoint.convert.shapes import check_shapes
 from megavl.checkpoint.folder import CheckpointError, write_durably
 from megavl.config import ModelConfig
 
@@ -56,14 +54,7 @@ def read(path: Path) -> Contents:
     folder = _iteration(path)
     found = read_rank_files(folder)
     training = training_from(found.state, found.optimizer, folder) if found.state is not None else None
-    root = path if folder != path else path.parent
-    return Contents(
-        model=found.model,
-        tensors=found.tensors,
-        unused=read_unused(root),
-        files=read_files(root),
-        training=training,
-    )
+    return Contents(model=found.model, tensors=found.tensors, training=training)
 
 
 def write(contents: Contents, folder: Path, options: WriteOptions, progress: Progress) -> None:
@@ -74,9 +65,8 @@ def write(contents: Contents, folder: Path, options: WriteOptions, progress: Pro
         OSError: the file system refused.
     """
     layout = rank_layout(contents.model, options.parallel)
-    check_shapes(contents.tensors, contents.model, "the source")
+    check_shapes(contents.tensors, contents.model)
     name = _iteration_name(contents)
-    write_carried(contents, folder, options.drop_unused, progress)
     files = {
         folder / name / layout.folder_of(*ranks) / FILE: _rank_content(contents, layout, *ranks)
         for ranks in layout.ranks()
@@ -92,7 +82,7 @@ def plan(contents: Contents, options: WriteOptions) -> Iterator[Slice]:
         CheckpointError: the layout does not fit the model.
     """
     layout = rank_layout(contents.model, options.parallel)
-    check_shapes(contents.tensors, contents.model, "the source")
+    check_shapes(contents.tensors, contents.model)
     for ranks in layout.ranks():
         content = _rank_content(contents, layout, *ranks)
         file = f"{_iteration_name(contents)}/{layout.folder_of(*ranks)}/{FILE}"
@@ -104,7 +94,7 @@ def plan(contents: Contents, options: WriteOptions) -> Iterator[Slice]:
 
 def describe(path: Path) -> str:
     """The layout in words."""
-    layout = read_layout(_iteration(path))
+    _, layout = read_layout(_iteration(path))
     virtual = f", virtual pipeline {layout.virtual}" if layout.virtual > 1 else ""
     return f"tensor {layout.tensor}, pipeline {layout.pipeline}{virtual}, layers {','.join(map(str, layout.split))}"
 
