@@ -116,7 +116,7 @@ def transformer_config(
         ValueError: sizes do not divide by the tensor size.
     """
     decoder = model.decoder
-    _check_tensor_size(model, parallel.tensor)
+    check_tensor_size(model, parallel.tensor)
     on_cuda = device.type == "cuda"
     return TransformerConfig(
         num_layers=decoder.layers,
@@ -175,7 +175,7 @@ def _recompute_fields(parallel: ParallelConfig) -> dict:
     return {}
 
 
-def _check_tensor_size(model: ModelConfig, tensor: int) -> None:
+def check_tensor_size(model: ModelConfig, tensor: int) -> None:
     """Refuse a tensor size that would cut a head, a row of the vocabulary or a feed-forward unit."""
     decoder = model.decoder
     for name, size in (
