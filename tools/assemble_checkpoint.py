@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="cast all tensors")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer to hand on: a file, or a folder with one")
     formats = [known.name for known in FORMATS if known.name != "megatron-ranks"]
-    parser.add_argument("--to", choices=formats, default="hf-deepseek", help="format (%(default)s)")
+    parser.add_argument("--to", choices=formats, default="megatron-dist", help="format (%(default)s)")
     parser.add_argument("--no-verify", action="store_true", help="do not read the target back")
     return parser
 

@@ -220,29 +220,22 @@ def build(model: ModelConfig, groups: Groups) -> Stage:
     return build_stages(model, parallel, dtype=torch.float32, seed=SEED, pg=groups.pg, device=groups.device)[0]
 
 
-CASES = {
-    "safetensors, whole models of transformers": (HYBRID, "llama", "siglip", "sam"),
-    "torch files, timm, Meta": (HYBRID, "llama_bin", "timm", "sam_vit_b.pth"),
-    "open_clip": (HYBRID, "llama", "open_clip", "sam_vit_b.pth"),
-    "vision model alone": (ALONE, "llama", "siglip_vision", None),
-    "names of transformers 4": (ALONE, "llama", "siglip_old.safetensors", None),
+CASES: dict[str, tuple[ModelConfig, str, str, str | None, str]] = {
+    "safetensors, whole models of transformers": (HYBRID, "llama", "siglip", "sam", "megatron-dist"),
+    "torch files, timm, Meta": (HYBRID, "llama_bin", "timm", "sam_vit_b.pth", "megatron-dist"),
+    "open_clip": (HYBRID, "llama", "open_clip", "sam_vit_b.pth", "hf-deepseek"),
+    "vision model alone": (ALONE, "llama", "siglip_vision", None, "hf-transformers"),
+    "names of transformers 4": (ALONE, "llama", "siglip_old.safetensors", None, "megatron-dist"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_parts_compute_what_transformers_computes(case: str, public: Public, groups: Groups, tmp_path: Path) -> None:
-    model, language, siglip, sam = CASES[case]
+    model, language, siglip, sam, to = CASES[case]
     words = ["--language", str(public.root / language), "--siglip", str(public.root / siglip)]
     words += ["--sam", str(public.root / sam)] if sam else []
-    words += [
-        "--model",
-        recipe_of(model, tmp_path),
-        "--seed",
-        str(SEED),
-        "--to",
-        "hf-deepseek",
-        str(tmp_path / "start"),
-    ]
+    words += ["--model", recipe_of(model, tmp_path), "--seed", str(SEED), "--to", to]
+    words += [str(tmp_path / "start")]
     assert main(words) == 0
     contents = open_checkpoint(tmp_path / "start")[1]
     assert contents.model == model
