@@ -42,7 +42,7 @@ HYBRID = ModelConfig(
     adaptor="hybrid",
     background=(122, 116, 104),
 )  # fmt: skip
-ALONE = replace(HYBRID, sam=None, adaptor="mlp_gelu")
+ALONE = replace(HYBRID, sam=None, adaptor="mlp_gelu", background=(127, 127, 127))
 TOLERANCE = 1e-5
 
 
