@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         contents, inventory = _assemble(options)
         print("\n".join(inventory.lines()), flush=True)
+        if options.dry_run:
+            return 0
         request = Request(
             source=options.language,
             target=options.target,
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", type=Path, help="tokenizer to hand on: a file, or a folder with one")
     formats = [known.name for known in FORMATS if known.name != "megatron-ranks"]
     parser.add_argument("--to", choices=formats, default="megatron-dist", help="format (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="list where every tensor comes from, write nothing")
     parser.add_argument("--no-verify", action="store_true", help="do not read the target back")
     return parser
 

@@ -49,10 +49,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def readme_commands(tool: str) -> list[list[str]]:
-    """The arguments of every line of the README that runs a tool."""
-    start = f"python tools/{tool}.py "
-    return [shlex.split(line.removeprefix(start)) for line in (ROOT / "README.md").read_text().splitlines()
-            if line.startswith(start) and "--help" not in line]  # fmt: skip
+    """The arguments of every command of the README that runs a tool."""
+    start, text = f"python tools/{tool}.py ", (ROOT / "README.md").read_text().replace("\\\n", " ")
+    return [shlex.split(line.removeprefix(start)) for line in text.splitlines() if line.startswith(start)]
 
 
 def run_tool(tool: str, arguments: list[str]) -> None:

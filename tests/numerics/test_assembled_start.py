@@ -329,6 +329,15 @@ def test_what_is_refused_leaves_nothing(public: Public, tmp_path: Path, capsys: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "recipe.py", "several", "tied"]
 
 
+def test_dry_run_lists_and_writes_nothing(public: Public, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--language", str(public.root / "llama"), "--siglip", str(public.root / "open_clip"), "--dry-run"]
+    assert main([*words, "--model", recipe_of(ALONE, tmp_path), str(tmp_path / "start")]) == 0
+    said = capsys.readouterr().out
+    for line in ("timm names below visual.trunk.", "1 text", "1 logit_scale", "fresh from seed 1234: 4 tensors"):
+        assert line in said
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.py"]
+
+
 def test_fresh_tensors_depend_on_the_seed() -> None:
     model = SIZES["tiny_hybrid"]
     name = "first_stage.towers.sam.downsamples.0.weight"
