@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megavl.checkpoint.convert import carried, hf_files, hf_folder
+from megavl.checkpoint.convert import carried, dist, hf_files, hf_folder, ranks
 from megavl.checkpoint.convert.contents import Contents
 from megavl.checkpoint.convert.formats import Format, FormatName, Progress, Slice, WriteOptions
 from megavl.checkpoint.convert.lazy import cast
@@ -26,7 +26,7 @@ from megavl.checkpoint.convert.shapes import check_types
 from megavl.checkpoint.convert.verify import all_tensors, compare
 from megavl.checkpoint.folder import CheckpointError, check_space
 
-FORMATS: tuple[Format, ...] = (hf_folder.DEEPSEEK, hf_folder.TRANSFORMERS)
+FORMATS: tuple[Format, ...] = (hf_folder.DEEPSEEK, hf_folder.TRANSFORMERS, dist.FORMAT, ranks.FORMAT)
 """Every format, in the order in which a path is tried."""
 
 RECORD = "conversion.json"
