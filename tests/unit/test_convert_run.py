@@ -22,6 +22,7 @@ from megavl.checkpoint.convert.hf_folder import DEEPSEEK
 from megavl.checkpoint.convert.run import Request, convert, open_checkpoint
 from megavl.checkpoint.convert.verify import all_tensors
 from megavl.checkpoint.folder import CheckpointError
+from megavl.config import ParallelConfig
 
 
 def bar(what: str, total: int) -> AbstractContextManager[Progress]:
@@ -50,26 +51,48 @@ def assert_equal(ours: Contents, theirs: Contents) -> None:
         assert torch.equal(tensor.read(), right[name].read()), name
 
 
-CHAINS: list[list[tuple[FormatName, dict[str, Any]]]] = [
-    [("hf-transformers", {}), ("hf-transformers", {"names": "4.56"}), ("hf-deepseek", {})],
-    [("hf-transformers", {"names": "4.56"}), ("hf-deepseek", {})],
+OLD = WriteOptions(names="4.56")
+
+
+def ranks(**layout: Any) -> tuple[FormatName, WriteOptions]:
+    return "megatron-ranks", WriteOptions(parallel=ParallelConfig(**layout))
+
+
+DIST: tuple[FormatName, WriteOptions] = ("megatron-dist", WriteOptions())
+NEW: tuple[FormatName, WriteOptions] = ("hf-transformers", WriteOptions())
+RELEASED: tuple[FormatName, WriteOptions] = ("hf-deepseek", WriteOptions())
+LAYOUTS = [DIST, ranks(tensor=2, pipeline=2), ranks(pipeline=3, layout="1,1,2"), ranks(tensor=4), DIST, RELEASED]
+DIALECTS = [
+    NEW,
+    ("hf-transformers", OLD),
+    DIST,
+    ("hf-transformers", OLD),
+    ranks(pipeline=3, layout="0,1,2"),
+    NEW,
+    RELEASED,
 ]
+CHAINS = {
+    "tiny-layouts": ("tiny", LAYOUTS),
+    "tiny_hybrid-layouts": ("tiny_hybrid", LAYOUTS),
+    "hybrid-dialects": ("hybrid", DIALECTS),
+    "tiny-new": ("tiny", [NEW, RELEASED]),
+}
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=lambda c: "-".join(step[0] for step in c))
-@pytest.mark.parametrize("name", ["tiny", "hybrid"])
-def test_there_and_back(name: str, chain: Any, sources: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", CHAINS)
+def test_there_and_back(case: str, sources: dict[str, Path], tmp_path: Path) -> None:
     """Bytes per tensor, unused ones too, sizes and tokenizer come back after any way round."""
+    name, chain = CHAINS[case]
     path = sources[name]
     for at, (to, options) in enumerate(chain):
         target = tmp_path / str(at)
-        record = convert(Request(source=path, target=target, to=to, options=WriteOptions(**options)), bar)
+        record = convert(Request(source=path, target=target, to=to, options=options), bar)
         assert len(record["verified"]["sha256"]) == record["tensors"] + record["unused"]
         assert json.loads((target / "conversion.json").read_text())["verified"] == record["verified"]
         path = target
     found, contents = open_checkpoint(path)
     original = open_checkpoint(sources[name])[1]
-    assert found.name == chain[-1][0]
+    assert found.name == "hf-deepseek"
     assert contents.model == original.model == MODELS[name]
     assert_equal(contents, original)
     stored, first = (load_file(folder / "model.safetensors") for folder in (path, sources[name]))
