@@ -125,6 +125,8 @@ def test_readme_from_public_weights_to_an_export(workplace: Path) -> None:
     assert len(commands) == 4
     for arguments in commands:
         run_tool("convert_checkpoint", arguments)
+    for arguments in readme_commands("inspect_checkpoint"):
+        run_tool("inspect_checkpoint", arguments)
     for folder in ("weights/chat", "ranks"):
         converted = open_checkpoint(workplace / folder)[1].tensors
         assert [name for name, tensor in start.items() if not torch.equal(converted[name].read(), tensor.read())] == []
