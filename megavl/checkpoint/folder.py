@@ -31,7 +31,7 @@ LATEST = "latest"
 
 _COMPLETE = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"(incomplete|removed)_\d{8,}_[0-9a-f]{8}")
-_BACKEND = {
+BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -109,7 +109,7 @@ def complete_checkpoint(folder: Path, step: int) -> Path:
     """
     checkpoints, target = folder.parent, folder.parent / step_name(step)
     assert not is_complete(target), f"{target} is complete already"
-    write_durably(folder / MARKER, json.dumps(_BACKEND))
+    write_durably(folder / MARKER, json.dumps(BACKEND))
     if target.exists():  # not ours: we give the name to complete checkpoints only
         _remove(target, step)
     folder.rename(target)

@@ -1,20 +1,19 @@
 """What a tensor is called here, in the original DeepSeek-VL checkpoints, and in `transformers`; and the way between.
 
-In: a state dict of one dialect and the model's sizes. Out: the same weights in another dialect, whole (no layout).
-megavl's names are those of the whole model on one rank (`model/shards.py`). Three tensors differ by more than a name:
-SigLIP's fused qkv is three tensors in `transformers`; the decoder's fused qkv and its gate-and-up projection are three
-and two tensors in both dialects. The tables hold the rules, `entries` spells them out for one model.
+In: tensors of one dialect and the model's sizes. Out: the same weights in another dialect, whole (no layout), read when
+the result is. megavl's names are those of the whole model on one rank (`model/shards.py`). Three tensors differ by more
+than a name: SigLIP's fused qkv is three tensors in `transformers`; the decoder's fused qkv and its gate-and-up
+projection are three and two tensors in both dialects. The tables hold the rules, `entries` spells them out for one
+model.
 
 Shapes: h hidden, n query heads, g key-value groups, d head size, f hidden size of the feed-forward network.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from megavl.checkpoint.convert.lazy import LazyTensor, computed, row_range, stacked
 from megavl.config import ModelConfig
 
 Dialect = Literal["original", "transformers", "transformers-4"]
@@ -137,7 +136,7 @@ def entries(model: ModelConfig) -> list[Entry]:
 
 
 def unused_names(model: ModelConfig) -> list[str]:
-    """Tensors of an original checkpoint that no forward pass reads; they are dropped on the way in."""
+    """Tensors of an original checkpoint that no forward pass reads; they are carried beside the model."""
     siglip = "vision_model.vision_tower_low.vision_tower." if model.sam else "vision_model.vision_tower."
     names = [siglip + "attn_pool." + rest for rest in _UNUSED_POOLING]
     if model.sam:
@@ -145,16 +144,16 @@ def unused_names(model: ModelConfig) -> list[str]:
     return [name.replace("{p}", p) for name in names for p in (("weight", "bias") if "{p}" in name else ("",))]
 
 
-def to_megavl(state: Mapping[str, Tensor], model: ModelConfig, dialect: Dialect) -> dict[str, Tensor]:
+def to_megavl(state: Mapping[str, LazyTensor], model: ModelConfig, dialect: Dialect) -> dict[str, LazyTensor]:
     """Rename and fuse.
 
     Args:
-        state: tensors by the names of `dialect`; each is read once.
+        state: tensors by the names of `dialect`; each is used once.
         model: the sizes that the state has.
         dialect: whose names.
 
     Returns:
-        Whole tensors by megavl's names; what needs no fusing is not copied.
+        Whole tensors by megavl's names.
 
     Raises:
         ValueError: a tensor is missing, is of a shape that cannot be fused, or has no place in the model.
@@ -171,7 +170,7 @@ def to_megavl(state: Mapping[str, Tensor], model: ModelConfig, dialect: Dialect)
     return {entry.ours: _join(entry, [state[name] for name in entry.names(dialect)], model) for entry in table}
 
 
-def from_megavl(state: Mapping[str, Tensor], model: ModelConfig, dialect: Dialect) -> dict[str, Tensor]:
+def from_megavl(state: Mapping[str, LazyTensor], model: ModelConfig, dialect: Dialect) -> dict[str, LazyTensor]:
     """Split and rename; the inverse of `to_megavl`, without the unused tensors.
 
     Args:
@@ -185,7 +184,7 @@ def from_megavl(state: Mapping[str, Tensor], model: ModelConfig, dialect: Dialec
     Raises:
         ValueError: a tensor is missing.
     """
-    result: dict[str, Tensor] = {}
+    result: dict[str, LazyTensor] = {}
     for entry in entries(model):
         if entry.ours not in state:
             raise ValueError(f"no tensor {entry.ours} among {len(state)}")
@@ -194,18 +193,13 @@ def from_megavl(state: Mapping[str, Tensor], model: ModelConfig, dialect: Dialec
     return result
 
 
-def from_transformers(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """`to_megavl` for transformers' names of either version."""
-    nested = any(name.startswith("model.vision_model.vision_model.") for name in state)
-    return to_megavl(state, model, "transformers-4" if nested else "transformers")
+def transformers_dialect(names: Iterable[str]) -> Dialect:
+    """Which version of transformers has these names."""
+    nested = any(name.startswith("model.vision_model.vision_model.") for name in names)
+    return "transformers-4" if nested else "transformers"
 
 
-def to_transformers(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """`from_megavl` for transformers 5."""
-    return from_megavl(state, model, "transformers")
-
-
-def fuse_qkv(query: Tensor, key: Tensor, value: Tensor, groups: int) -> Tensor:
+def fuse_qkv(query: LazyTensor, key: LazyTensor, value: LazyTensor, groups: int) -> LazyTensor:
     """Megatron's layout: group by group the query heads, then the key head, then the value head.
 
     Args:
@@ -217,15 +211,26 @@ def fuse_qkv(query: Tensor, key: Tensor, value: Tensor, groups: int) -> Tensor:
     Returns:
         [(n + 2*g)*d, h].
     """
-    parts = [part.unflatten(0, (groups, -1)) for part in (query, key, value)]  # [g, n/g*d, h], 2 times [g, d, h]
-    return torch.cat(parts, dim=1).flatten(0, 1)
+    parts: list[LazyTensor] = []
+    for group in range(groups):
+        for tensor in (query, key, value):
+            size = tensor.num_rows // groups
+            parts.append(row_range(tensor, group * size, (group + 1) * size))
+    return replace(stacked(parts), source=", ".join(tensor.source for tensor in (query, key, value)))
 
 
-def split_qkv(fused: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_qkv(fused: LazyTensor, heads: int, groups: int) -> tuple[LazyTensor, LazyTensor, LazyTensor]:
     """The inverse of `fuse_qkv`: [(n + 2*g)*d, h] -> [n*d, h], [g*d, h], [g*d, h]."""
-    by_group = fused.unflatten(0, (groups, heads // groups + 2, -1))  # [g, n/g + 2, d, h]
-    query, key, value = by_group.split([heads // groups, 1, 1], dim=1)
-    return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
+    head_size = fused.num_rows // (heads + 2 * groups)
+    sizes = [heads // groups * head_size, head_size, head_size]
+    starts = [0, sizes[0], sizes[0] + head_size]
+
+    def part(start: int, size: int) -> LazyTensor:
+        firsts = [group * sum(sizes) + start for group in range(groups)]
+        return replace(stacked([row_range(fused, first, first + size) for first in firsts]), source=fused.source)
+
+    query, key, value = (part(start, size) for start, size in zip(starts, sizes, strict=True))
+    return query, key, value
 
 
 def _part(table: dict[str, _Names], ours: str, original: str, transformers: str, layers: int) -> list[Entry]:
@@ -248,7 +253,7 @@ def _fill(left: str, right: _Names, layers: int) -> Iterator[tuple[str, tuple[st
             )
 
 
-def _join(entry: Entry, parts: list[Tensor], model: ModelConfig) -> Tensor:
+def _join(entry: Entry, parts: list[LazyTensor], model: ModelConfig) -> LazyTensor:
     if entry.ours.endswith("linear_qkv.weight"):
         size = model.decoder
         head_size = size.hidden // size.heads
@@ -257,14 +262,19 @@ def _join(entry: Entry, parts: list[Tensor], model: ModelConfig) -> Tensor:
         if actual != expected:
             raise ValueError(f"{', '.join(entry.transformers)} have shapes {actual}, the model has {expected}")
         return fuse_qkv(parts[0], parts[1], parts[2], groups=size.kv_heads)
-    if entry.ours.endswith("siglip.pos_embed"):
-        return parts[0].view(1, *parts[0].shape[-2:])
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if entry.ours.endswith("siglip.pos_embed") and len(parts[0].shape) == 2:
+        return computed(parts, (1, *parts[0].shape), lambda table: table[None])
+    return parts[0] if len(parts) == 1 else stacked(parts)
 
 
-def _split(entry: Entry, tensor: Tensor, count: int, model: ModelConfig, dialect: Dialect) -> tuple[Tensor, ...]:
+def _split(
+    entry: Entry, tensor: LazyTensor, count: int, model: ModelConfig, dialect: Dialect
+) -> tuple[LazyTensor, ...]:
     if entry.ours.endswith("linear_qkv.weight"):
         return split_qkv(tensor, model.decoder.heads, model.decoder.kv_heads)
     if entry.ours.endswith("siglip.pos_embed") and dialect != "original":
-        return (tensor.squeeze(0),)
-    return tensor.chunk(count)
+        return (computed([tensor], tensor.shape[1:], lambda table: table[0]),)
+    if count == 1:
+        return (tensor,)
+    size = tensor.num_rows // count
+    return tuple(row_range(tensor, part * size, (part + 1) * size) for part in range(count))

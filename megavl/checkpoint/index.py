@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megavl.checkpoint.folder import CheckpointError
 
@@ -55,16 +55,31 @@ def read_index(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: there is no index, it is damaged, or it contains something that an index never does.
     """
+    return {name: tuple(entry.size) for name, entry in tensor_entries(read_metadata(folder)).items()}
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The index itself, with the places of all tensors.
+
+    Raises:
+        CheckpointError: as `read_index`.
+    """
     path = folder / INDEX
     try:
         with path.open("rb") as stream:
             metadata = _Unpickler(stream).load()
-        entries = metadata.state_dict_metadata.items()
+        metadata.state_dict_metadata.items()
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {INDEX}, so this is not a whole checkpoint") from None
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path}: not the index of a checkpoint, refused ({error})") from None
-    return {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+    return metadata
+
+
+def tensor_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """What an index says of each tensor; objects that are none are passed over."""
+    entries = metadata.state_dict_metadata.items()
+    return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 def check_tensors(wanted: Iterable[ShardedTensor], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:

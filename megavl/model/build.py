@@ -90,7 +90,7 @@ def transformer_config(
         ValueError: sizes do not divide by the tensor size.
     """
     decoder = model.decoder
-    _check_tensor_size(model, parallel.tensor)
+    check_tensor_size(model, parallel.tensor)
     on_cuda = device.type == "cuda"
     return TransformerConfig(
         num_layers=decoder.layers,
@@ -151,7 +151,7 @@ def _recompute_fields(parallel: ParallelConfig) -> dict:
     return {}
 
 
-def _check_tensor_size(model: ModelConfig, tensor: int) -> None:
+def check_tensor_size(model: ModelConfig, tensor: int) -> None:
     """Refuse a tensor size that would cut a head, a row of the vocabulary or a feed-forward unit."""
     decoder = model.decoder
     for name, size in (
@@ -176,7 +176,7 @@ def initialise(stage: Stage, seed: int) -> None:
     decoder = stage.model.decoder
     if stage.first_stage is not None:
         for part in ("towers", "adaptor"):
-            initialise_vision(getattr(stage.first_stage, part), _generator(seed, part, torch.device("cpu")))
+            initialise_vision(getattr(stage.first_stage, part), seeded_generator(seed, part))
     for name, _, parameter in full_parameters([stage]):
         if stage.component_of(name) != "decoder":
             continue
@@ -185,10 +185,11 @@ def initialise(stage: Stage, seed: int) -> None:
             continue
         scale = math.sqrt(2 * decoder.layers) if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 1.0
         full = torch.empty(full_shape(stage, parameter), device=parameter.device)
-        full.normal_(std=decoder.init_std / scale, generator=_generator(seed, name, parameter.device))
+        full.normal_(std=decoder.init_std / scale, generator=seeded_generator(seed, name, parameter.device))
         parameter.copy_(take_shard(full, stage, parameter))
 
 
-def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+def seeded_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of one full tensor, or of all towers (`towers`) or the adaptor (`adaptor`) together."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest))

@@ -15,6 +15,8 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
+from megavl.checkpoint.convert.lazy import in_memory
+from megavl.checkpoint.hf_names import from_megavl, to_megavl, transformers_dialect
 from megavl.config import ModelConfig
 from megavl.model.vision.tower import CLIP_MEAN, CLIP_STD
 
@@ -132,3 +134,15 @@ def assert_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], toler
     differences = {name: relative_difference(ours[name], theirs[name]) for name in ours}
     worst = sorted(differences.items(), key=lambda item: -item[1])[:5]
     assert all(value <= tolerance for value in differences.values()), f"beyond {tolerance}: {worst}"
+
+
+def from_transformers(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """A state dict of transformers, either version's names, by megavl's names."""
+    lazy = {name: in_memory(tensor, name) for name, tensor in state.items()}
+    return {name: t.read() for name, t in to_megavl(lazy, model, transformers_dialect(state)).items()}
+
+
+def to_transformers(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """The inverse, with the names of transformers 5."""
+    lazy = {name: in_memory(tensor, name) for name, tensor in state.items()}
+    return {name: tensor.read() for name, tensor in from_megavl(lazy, model, "transformers").items()}

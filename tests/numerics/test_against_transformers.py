@@ -12,14 +12,15 @@ import torch
 from hf_reference import (
     assert_close,
     build_reference,
+    from_transformers,
     gradients,
     reference_images,
     reference_model,
     relative_difference,
+    to_transformers,
 )
 from torch import Tensor, nn
 
-from megavl.checkpoint.hf_names import from_transformers, to_transformers
 from megavl.config import DecoderConfig, ModelConfig, ParallelConfig, SamConfig, SiglipConfig
 from megavl.data.microbatch import IGNORE, MicroBatch
 from megavl.model.build import build_stages

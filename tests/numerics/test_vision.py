@@ -4,11 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hf_reference import assert_close, gradients, reference_images, reference_model, relative_difference
+from hf_reference import (
+    assert_close,
+    from_transformers,
+    gradients,
+    reference_images,
+    reference_model,
+    relative_difference,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megavl.checkpoint.hf_names import from_transformers
 from megavl.config import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
 from megavl.model.sizes import SIZES
 from megavl.model.vision.adaptor import make_adaptor, stack_neighbours

@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,7 +177,10 @@ def start(plan: Plan) -> Trainer:
         trainer.step = trainer.loaded.step
         trainer.draws.append(draw())
     if plan.run:
-        trainer.writer = CheckpointWriter(Path(plan.run) / "checkpoints", groups, plan.keep, tokenizer="a" * 64)
+        recipe = {"model": asdict(plan.model)}
+        trainer.writer = CheckpointWriter(
+            Path(plan.run) / "checkpoints", groups, plan.keep, tokenizer="a" * 64, recipe=recipe
+        )
     if groups.rank in plan.full_disk:
         limit_file_size(plan.full_disk[groups.rank])
     if plan.free_bytes is not None:
