@@ -81,8 +81,11 @@ def _write_without_values(path: Path, content: dict[str, Any]) -> list[tuple[Par
     path.parent.mkdir(parents=True, exist_ok=True)
     with FakeTensorMode():
         described = _with_fake_tensors(content, parts)
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(described, path)
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(described, path)
+    except RuntimeError as error:  # all that torch says of what the file system refused
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
     archive: Any = torch._C.PyTorchFileReader(str(path))
     records = [f"data/{number}" for number in range(len(parts))]  # torch numbers storages as it meets them
     for part, record in zip(parts, records, strict=True):

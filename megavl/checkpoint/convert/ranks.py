@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from megavl.checkpoint.convert.contents import Contents
-from megavl.checkpoint.convert.dist import description_of, training_from
 from megavl.checkpoint.convert.formats import Format, Progress, Slice, WriteOptions
 from megavl.checkpoint.convert.lazy import LazyTensor
 from megavl.checkpoint.convert.rank_layout import RankLayout, Slab, cut_of, local_shape, rank_layout, slabs
 from megavl.checkpoint.convert.rank_read import FILE, VERSION, read_layout, read_rank_files
 from megavl.checkpoint.convert.rank_write import Part, write_rank_files
 from megavl.checkpoint.convert.shapes import check_shapes
+from megavl.checkpoint.convert.training import description_of, training_from
 from megavl.checkpoint.folder import CheckpointError, write_durably
 from megavl.config import ModelConfig
 
