@@ -12,13 +12,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megavl.checkpoint.convert import carried, dist, hf_files, hf_folder, ranks
+from megavl.checkpoint.convert import carried, hf_files
 from megavl.checkpoint.convert.contents import Contents
 from megavl.checkpoint.convert.formats import Format, FormatName, Progress, Slice, WriteOptions
 from megavl.checkpoint.convert.lazy import cast
@@ -26,8 +27,15 @@ from megavl.checkpoint.convert.shapes import check_types
 from megavl.checkpoint.convert.verify import all_tensors, compare
 from megavl.checkpoint.folder import CheckpointError, check_space
 
-FORMATS: tuple[Format, ...] = (hf_folder.DEEPSEEK, hf_folder.TRANSFORMERS, dist.FORMAT, ranks.FORMAT)
-"""Every format, in the order in which a path is tried."""
+_HOMES: dict[FormatName, tuple[str, str]] = {
+    "hf-deepseek": ("hf_folder", "DEEPSEEK"),
+    "hf-transformers": ("hf_folder", "TRANSFORMERS"),
+    "megatron-ranks": ("ranks", "FORMAT"),
+    "megatron-dist": ("dist", "FORMAT"),
+}
+"""Where each format is defined, in the order in which a path is tried; megatron-core (6 s) is imported only if used."""
+FORMATS = tuple(_HOMES)
+"""Names of all formats."""
 
 RECORD = "conversion.json"
 """What was done, in the target's folder."""
@@ -75,6 +83,12 @@ class Plan:
         return sum(torch.Size(part.shape).numel() * part.dtype.itemsize for part in self.slices)
 
 
+def get_format(name: FormatName) -> Format:
+    """A format by its name."""
+    module, attribute = _HOMES[name]
+    return getattr(import_module(f"megavl.checkpoint.convert.{module}"), attribute)
+
+
 def find_format(path: Path) -> Format:
     """The format of a checkpoint.
 
@@ -83,10 +97,11 @@ def find_format(path: Path) -> Format:
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder")
-    for known in FORMATS:
+    for name in FORMATS:
+        known = get_format(name)
         if known.detect(path):
             return known
-    raise CheckpointError(f"{path}: not a checkpoint of any known format ({', '.join(f.name for f in FORMATS)})")
+    raise CheckpointError(f"{path}: not a checkpoint of any known format ({', '.join(FORMATS)})")
 
 
 def open_checkpoint(path: Path) -> tuple[Format, Contents]:
@@ -124,8 +139,7 @@ def plan_contents(contents: Contents, source: dict[str, Any], request: Request) 
     Raises:
         CheckpointError: they cannot become what is asked for.
     """
-    target = next((known for known in FORMATS if known.name == request.to), None)
-    assert target is not None, f"{request.to} is not registered"
+    target = get_format(request.to)
     contents = _prepare(contents, request, target)
     slices = list(target.plan(contents, request.options))
     if not target.carries:
