@@ -25,8 +25,9 @@ from megavl.ops import choose
 from megavl.parallel.groups import Groups
 from megavl.training.flops import peak_flops
 from megavl.training.rank_report import StepTotals
-from megavl.training.synthetic_run import DTYPES, SyntheticRun, build_run, counts_of, padded_counts_of, recipe_batch
-from megavl.training.throughput import throughput
+from megavl.training.step import StepResult
+from megavl.training.synthetic_run import DTYPES, SyntheticRun, build_run, recipe_batch
+from megavl.training.throughput import head_skips_unlabelled, step_counts, throughput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,45 +102,45 @@ def measure(
     """
     run = build_run(recipe, groups)
     seconds: list[float] = []
-    totals: list[StepTotals] = []
+    said: list[tuple[StepResult, StepTotals]] = []
     for step in range(warm_up + steps):
         batch = recipe_batch(recipe, groups, images, micro_batches=micro_batches, step=step)
         dist.barrier(group=groups.gloo_world)
         began = perf_counter()
-        said = run.step(batch)
+        step_said = run.step(batch)
         if step >= warm_up:
             seconds.append(perf_counter() - began)
-            totals.append(said)
+            said.append(step_said)
     slowest = torch.tensor(seconds, dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=groups.gloo_world)
-    return _row(run, totals, slowest.tolist(), name=name, images=images, micro_batches=micro_batches)
+    return _row(run, said, slowest.tolist(), name=name, images=images)
 
 
 def _row(
     run: SyntheticRun,
-    totals: Sequence[StepTotals],
+    said: Sequence[tuple[StepResult, StepTotals]],
     seconds: Sequence[float],
     *,
     name: str,
     images: int,
-    micro_batches: int,
 ) -> Row:
     recipe, groups = run.recipe, run.groups
-    rows = micro_batches * groups.data_size * recipe.stage.micro_batch
-    tokens, in_all, median = rows * recipe.data.seq_length, rows * images, statistics.median(seconds)
+    median = statistics.median(seconds)
     on_cuda = groups.device.type == "cuda"
     device = torch.cuda.get_device_name(groups.device) if on_cuda else f"CPU {platform.machine()}"
+    dtype, totals = DTYPES[recipe.stage.dtype], [of_step for _, of_step in said]
+    counts, padded = step_counts(*said[0], head_skips=head_skips_unlabelled(recipe, groups.device, dtype))
     speed = throughput(
         recipe.model,
         recipe.parallel,
         run.trained,
-        counts=counts_of(totals[0], in_all),
-        padded=padded_counts_of(totals[0], in_all, tokens),
+        counts=counts,
+        padded=padded,
         seconds=median,
         ranks=groups.world_size,
         peak=peak_flops(device) if recipe.stage.dtype == "bf16" else None,
     )
-    chosen = choose(recipe.kernels, groups.device, DTYPES[recipe.stage.dtype])
+    chosen = choose(recipe.kernels, groups.device, dtype)
     tenths = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else [median] * 9
     return Row(
         device=device,
@@ -157,8 +158,8 @@ def _row(
         recompute=recipe.parallel.recompute + (" + vision" if recipe.parallel.recompute_vision else ""),
         compile_vision=recipe.parallel.compile_vision,
         images_per_row=images,
-        tokens=tokens,
-        images=in_all,
+        tokens=padded.tokens,
+        images=padded.images,
         steps=len(seconds),
         step_ms=1e3 * median,
         p10_ms=1e3 * tenths[0],

@@ -74,8 +74,9 @@ def hardware_flops(model: ModelConfig, trained: Collection[str], counts: StepCou
     """Operations that all ranks together carry out in one step.
 
     Beside those of the model: padding tokens, windows padded to their size, layers and attention that are computed
-    again in the backward pass, and images that several tensor ranks encode. Attention counts at half, as kernels skip
-    the masked half; what a kernel computes again within itself is not counted.
+    again in the backward pass, and images that several tensor ranks encode. On the other hand SAM's two paths pass the
+    stride-2 convolutions together. Attention counts at half, as kernels skip the masked half; what a kernel computes
+    again within itself is not counted.
 
     Args:
         model: sizes.
@@ -84,6 +85,7 @@ def hardware_flops(model: ModelConfig, trained: Collection[str], counts: StepCou
         parallel: recomputation and vision placement.
     """
     image = image_flops(model, trained, padded_windows=True) if counts.images else {}
+    image.pop("sam convolutions", None)  # both paths are added before the convolutions, which cost the hd path's share
     copies = parallel.tensor if parallel.vision == "replicate" else 1
     if image and parallel.recompute_vision and "siglip" in trained:
         tower = model.siglip

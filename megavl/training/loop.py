@@ -16,11 +16,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megavl.checkpoint.writer import CheckpointWriter
 from megavl.config import Modality, Recipe
 from megavl.data.microbatch import StepBatch
-from megavl.ops import choose
 from megavl.parallel.gradients import unwrap
 from megavl.parallel.groups import Groups
 from megavl.parallel.vision_ahead import AheadEncoder
-from megavl.training.flops import StepCounts
 from megavl.training.freeze import trained_components
 from megavl.training.metrics import Metrics, StepRecord
 from megavl.training.rank_report import StepTotals, exchange, own_failures, report
@@ -28,7 +26,7 @@ from megavl.training.schedule import learning_rate
 from megavl.training.step import StepResult, train_step
 from megavl.training.step_clock import StepClock
 from megavl.training.stopping import RunStoppedError, StopRequest
-from megavl.training.throughput import throughput
+from megavl.training.throughput import head_skips_unlabelled, step_counts, throughput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +110,8 @@ class _Costs:
         self.trained = set().union(*everyone)
         """Components of which something is trainable, on whichever rank."""
         dtype = next(run.chunks[0].parameters()).dtype
-        chosen = choose(run.recipe.kernels, run.groups.device, dtype)["linear_cross_entropy"]
-        self.labelled_rows_only = chosen.implementation == "triton"
-        """Whether the head computes the positions with a label alone (the fused operator) instead of all."""
+        self.head_skips = head_skips_unlabelled(run.recipe, run.groups.device, dtype)
+        """Whether positions without a label are not computed by the head."""
         self.saving = 0.0
         """Seconds that saving held up training since the last step."""
 
@@ -196,19 +193,13 @@ def _record(
 ) -> StepRecord:
     """The line of one step."""
     losses = {m: result.loss_sums[m] / n if n else None for m, n in result.loss_tokens.items()}
-    rows = totals.tokens, result.tokens  # that the head computes, without and with padding
-    if costs.labelled_rows_only:
-        rows = result.supervised_tokens, result.supervised_tokens
+    counts, padded = step_counts(result, totals, head_skips=costs.head_skips)
     speed = throughput(
         run.recipe.model,
         run.recipe.parallel,
         costs.trained,
-        counts=StepCounts(
-            images=result.images, tokens=totals.tokens, squared_lengths=totals.squared_lengths, logits=rows[0]
-        ),
-        padded=StepCounts(
-            images=result.images, tokens=result.tokens, squared_lengths=totals.padded_squared_lengths, logits=rows[1]
-        ),
+        counts=counts,
+        padded=padded,
         seconds=seconds,
         ranks=run.groups.world_size,
         peak=run.peak,

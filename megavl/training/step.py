@@ -89,8 +89,10 @@ def train_step(
     start_parameter_gather(chunks)
     for chunk in chunks:
         chunk.force_all_reduce = force_all_reduce
-    with timed(chunks, "vision"):
-        micro_batches = batch.micro_batches if encoder is None else encoder(batch.micro_batches)
+    micro_batches: Sequence[MicroBatch] = batch.micro_batches
+    if encoder is not None:
+        with timed(chunks, "vision"):
+            micro_batches = encoder(micro_batches)
     reports = _run(chunks, micro_batches, groups, _training_loss, force_all_reduce=force_all_reduce)
     finish_parameter_gather(chunks)
     totals = _sum_over_ranks(reports, batch.micro_batches, groups)

@@ -5,7 +5,7 @@ Shapes: t tokens of a micro-batch, p positions per image, i images, S side of an
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +21,10 @@ from megavl.parallel.gradients import unwrap, wrap_stages
 from megavl.parallel.groups import Groups
 from megavl.parallel.random_state import seed_everything
 from megavl.parallel.vision_ahead import AheadEncoder, make_ahead_encoder
-from megavl.training.flops import StepCounts
 from megavl.training.freeze import apply_freeze, compile_frozen_towers, frozen_components, trained_components
 from megavl.training.optimizer import make_optimizer
 from megavl.training.rank_report import StepTotals, exchange, report
-from megavl.training.step import train_step
+from megavl.training.step import StepResult, train_step
 from megavl.training.step_clock import StepClock
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -50,7 +49,7 @@ class SyntheticRun:
     trained: set[str]
     """Components of which something is trained, on whichever rank."""
 
-    def step(self, batch: StepBatch) -> StepTotals:
+    def step(self, batch: StepBatch) -> tuple[StepResult, StepTotals]:
         """Make one step and say what it held and took; all ranks must call it. `data_wait_s` is 0."""
         lr = self.recipe.optim.lr
         result = train_step(self.chunks, self.optimizer, batch, self.groups, lr=lr, encoder=self.encoder)
@@ -59,7 +58,7 @@ class SyntheticRun:
             torch.cuda.synchronize()
         parts, memory = self.clock.read(), self.clock.peak_memory()
         mine = report(batch, self.groups, stop=False, save=False, data_wait_s=0.0, parts=parts, memory=memory)
-        return exchange(mine, self.groups)
+        return result, exchange(mine, self.groups)
 
 
 def build_run(recipe: Recipe, groups: Groups) -> SyntheticRun:
@@ -162,22 +161,4 @@ def document_batch(recipe: Recipe, documents: Sequence[tuple[int, int]], *, seed
         num_images=count,
         modality="multimodal" if count else "language",
         sample_ids=tuple(("made up", index) for index in range(len(documents))),
-    )
-
-
-def counts_of(totals: StepTotals, images: int) -> StepCounts:
-    """What a step held, padding excluded; the head is computed for every position."""
-    return StepCounts(images=images, tokens=totals.tokens, squared_lengths=totals.squared_lengths, logits=totals.tokens)
-
-
-def padded_counts_of(totals: StepTotals, images: int, tokens: int) -> StepCounts:
-    """The same with padding.
-
-    Args:
-        totals: of the step.
-        images: encoded, over all data-parallel ranks.
-        tokens: computed, over all data-parallel ranks.
-    """
-    return replace(
-        counts_of(totals, images), tokens=tokens, squared_lengths=totals.padded_squared_lengths, logits=tokens
     )

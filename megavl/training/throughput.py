@@ -7,10 +7,15 @@ recomputation, images encoded on several ranks).
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megavl.config import ModelConfig, ParallelConfig
+import torch
+
+from megavl.config import ModelConfig, ParallelConfig, Recipe
+from megavl.ops import choose
 from megavl.training.flops import LANGUAGE_TERMS, StepCounts, hardware_flops, step_flops
+from megavl.training.rank_report import StepTotals
+from megavl.training.step import StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +29,7 @@ class Throughput:
     tflops: float
     """Model operations per second and rank, in 1e12."""
     llm_tflops: float
-    """The language model's part of them."""
+    """The language model's part of them, the head counted at every position."""
     hardware_tflops: float
     """Operations carried out per second and rank, in 1e12."""
     mfu: float | None
@@ -33,6 +38,29 @@ class Throughput:
     """`llm_tflops` over the peak."""
     hfu: float | None
     """`hardware_tflops` over the peak."""
+
+
+def head_skips_unlabelled(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the head computes the positions with a label alone, as the fused operator does, or all of them."""
+    return choose(recipe.kernels, device, dtype)["linear_cross_entropy"].implementation == "triton"
+
+
+def step_counts(result: StepResult, totals: StepTotals, *, head_skips: bool) -> tuple[StepCounts, StepCounts]:
+    """What a step held, without padding and with it.
+
+    Args:
+        result: of the step.
+        totals: of the same step.
+        head_skips: from `head_skips_unlabelled`.
+    """
+    counts = StepCounts(
+        images=result.images,
+        tokens=totals.tokens,
+        squared_lengths=totals.squared_lengths,
+        logits=result.supervised_tokens if head_skips else totals.tokens,
+    )
+    padded = replace(counts, tokens=result.tokens, squared_lengths=totals.padded_squared_lengths)
+    return counts, padded if head_skips else replace(padded, logits=result.tokens)
 
 
 def throughput(
@@ -58,8 +86,9 @@ def throughput(
         ranks: that shared the work.
         peak: operations per second of one device, where known.
     """
-    terms = step_flops(model, trained, counts)
-    whole, language = sum(terms.values()), sum(terms[name] for name in LANGUAGE_TERMS)
+    whole = sum(step_flops(model, trained, counts).values())
+    comparable = step_flops(model, trained, replace(counts, logits=counts.tokens))
+    language = sum(comparable[name] for name in LANGUAGE_TERMS)
     hardware = sum(hardware_flops(model, trained, padded, parallel).values())
     rates = [operations / seconds / ranks for operations in (whole, language, hardware)]
     shares = [None if peak is None else rate / peak for rate in rates]

@@ -9,6 +9,7 @@ from megavl.parallel.groups import destroy_groups, init_groups
 from megavl.training import step_clock
 from megavl.training.step_clock import PARTS, StepClock
 from megavl.training.synthetic_run import build_run, recipe_batch
+from megavl.training.throughput import step_counts
 
 
 def test_time_inside_an_inner_part_is_not_the_outer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,9 +78,12 @@ def test_a_step_sets_all_marks() -> None:
     )
     groups = init_groups(recipe.parallel)
     run = build_run(recipe, groups)
-    totals = run.step(recipe_batch(recipe, groups, 1, micro_batches=2, step=0))
+    result, totals = run.step(recipe_batch(recipe, groups, 1, micro_batches=2, step=0))
     destroy_groups()
     assert all(seconds > 0 for seconds in totals.parts.values()), totals.parts
     assert 0 <= totals.bubble[0] < 1
     assert (totals.tokens, totals.squared_lengths) == (80, 2 * 40**2)
+    every, learnt = (step_counts(result, totals, head_skips=skips) for skips in (False, True))
+    assert [c.logits for c in (*every, *learnt)] == [80, 80, result.supervised_tokens, result.supervised_tokens]
+    assert 0 < result.supervised_tokens < 80
     assert totals.memory > 1e8
