@@ -77,9 +77,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def cpu_model(towers: int) -> ModelConfig:
-    """A model that four processes of one core train at about a step a second."""
+    """A small model whose towers take a large part of a step."""
     return ModelConfig(
-        decoder=DecoderConfig(layers=8, hidden=256, heads=8, kv_heads=8, ffn=704, vocab=1024),
+        decoder=DecoderConfig(layers=4, hidden=256, heads=8, kv_heads=8, ffn=704, vocab=1024),
         siglip=SiglipConfig(image_size=128, patch_size=16, width=128, layers=4 * towers, heads=4, mlp=512),
         sam=SamConfig(
             image_size=256,
@@ -121,7 +121,11 @@ def make_turn(model: ModelConfig, parallel: ParallelConfig, groups: Groups, stag
     chunks = wrap_stages(stages, parallel, groups)
     optimizer = make_optimizer(chunks, PARITY_OPTIM, parallel, groups)
     encoder = make_ahead_encoder(stages, model, parallel, groups, frozen=frozen_components(stage))
-    batch = share(global_batch(model, "image", tokens=TOKENS), groups.data_rank, groups.data_size)
+    batch = share(
+        global_batch(model, "image", micro_batches=4 * groups.data_size, tokens=TOKENS),
+        groups.data_rank,
+        groups.data_size,
+    )
     step = StepBatch(step=0, language_rows=0, micro_batches=batch)
     clock = TowerClock()
     if stages[0].first_stage is not None:
