@@ -5,7 +5,7 @@ r"""Step time of each vision placement under several layouts, on made-up images,
 
 The model is of CPU size, with both towers. A row gives the median step, the fastest, and the processor time of the
 busiest rank, which is what a step would take with a processor per rank and no waiting; then the gain over `replicate`
-in both. Turns go round robin over the placements, so that another load on the machine meets all of them. `towers` is
+in both. Steps go round over the placements, so that another load on the machine meets all of them. `towers` is
 the time in the towers' forward pass over the step on the first rank under `replicate`: with a share s of the step, no
 placement over n ranks can gain more than 1 / (1 - s * (1 - 1/n)).
 """
@@ -108,9 +108,10 @@ def measure(
     for turn in turns.values():
         turn()
     rows: dict[VisionPlacement, list[Timed]] = {vision: [] for vision in PLACEMENTS}
-    for _ in range(steps):
-        for vision, turn in turns.items():
-            rows[vision].append(turn())
+    for number in range(steps):
+        first = number % len(PLACEMENTS)  # nobody always comes first
+        for vision in PLACEMENTS[first:] + PLACEMENTS[:first]:
+            rows[vision].append(turns[vision]())
     return rows
 
 
