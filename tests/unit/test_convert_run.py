@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from convert_samples import MODELS, TINY, random_contents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megavl.checkpoint.convert import run, safetensors_file
-from megavl.checkpoint.convert.contents import Contents
+from megavl.checkpoint.convert import carried, dist, run, safetensors_file
+from megavl.checkpoint.convert.contents import Contents, Training
 from megavl.checkpoint.convert.formats import FormatName, Progress, WriteOptions
 from megavl.checkpoint.convert.hf_folder import DEEPSEEK
+from megavl.checkpoint.convert.lazy import in_memory
 from megavl.checkpoint.convert.run import Request, convert, open_checkpoint
 from megavl.checkpoint.convert.verify import all_tensors
 from megavl.checkpoint.folder import CheckpointError
@@ -110,6 +112,32 @@ def test_cast_and_dropped_unused(sources: dict[str, Path], tmp_path: Path) -> No
     for name, tensor in contents.tensors.items():
         assert torch.equal(tensor.read(), original.tensors[name].read().half())
     assert json.loads((target / "config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_training_state_goes_along(tmp_path: Path) -> None:
+    """Moments, steps and description through rank files and back; a cast would part weights and moments."""
+    contents = random_contents(TINY)
+    moments = {
+        f"exp_avg.{n}": in_memory(torch.randn(t.shape), n) for n, t in contents.tensors.items() if "layers.1" in n
+    }
+    training = Training(
+        step=7, adam_step=6, optimizer=moments, description={"tokenizer": "a" * 64, "extra": {"row": 5}}
+    )
+    contents = replace(contents, training=training)
+    (tmp_path / "run").mkdir()
+    dist.FORMAT.write(contents, tmp_path / "run", WriteOptions(), lambda count: None)
+    carried.write_unused(contents, tmp_path / "run", lambda count: None)
+    path = tmp_path / "run"
+    for at, (to, options) in enumerate([ranks(tensor=2, pipeline=2), ranks(pipeline=3, layout="1,1,2"), DIST]):
+        convert(Request(source=path, target=tmp_path / str(at), to=to, options=options), bar)
+        path = tmp_path / str(at)
+    back = open_checkpoint(path)[1]
+    assert_equal(back, contents)
+    assert back.training is not None
+    assert (back.training.step, back.training.adam_step) == (7, 6)
+    assert back.training.description["extra"] == {"row": 5}
+    with pytest.raises(CheckpointError, match="--dtype changes weights that the optimizer's state belongs to"):
+        convert(Request(source=path, target=tmp_path / "t", to="megatron-dist", dtype=torch.float16), bar)
 
 
 def test_sharded_files_are_those_of_the_safetensors_package(
