@@ -9,8 +9,8 @@ A rank file is what `torch.save` makes of a dict:
 
     checkpoint_version   3.0
     iteration            steps done
-    args                 sizes and layout, a dict: Megatron-LM's Namespace is a class, which torch's weights-only
-                         reading refuses where megatron-core has not named it as safe
+    args                 sizes and layout, a dict: Megatron-LM's Namespace is a class, and a file that asks for
+                         classes is refused (`torch_file.py`)
     model, or model0, model1, ... with virtual stages: local name -> this rank's part of the weights
     optimizer            the same keys -> kind (exp_avg, exp_avg_sq, param) -> local name -> part; only with a run
     state                the run's description, as `state.json`; only with a run

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
@@ -195,9 +195,9 @@ def carry_out(planned: Plan, request: Request, bar: Bar) -> dict[str, Any]:
         check_space(parent, planned.nbytes + files)
         draft.mkdir()
         record = _fill(draft, planned, request, bar)
-        _sync(draft)
+        _sync([draft, *draft.rglob("*")])
         draft.rename(request.target)
-        _sync(parent)
+        _sync([parent])
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CheckpointError(f"{request.target}: {'the disk is full' if full else error}") from None
@@ -256,17 +256,11 @@ def _version(package: str) -> str:
         return "not installed as a package"
 
 
-def _sync(folder: Path) -> None:
-    """Make files and names of a folder survive a power failure."""
-    for path in _walk(folder):
+def _sync(paths: Iterable[Path]) -> None:
+    """Make files, and the names in folders, survive a power failure."""
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    yield folder
-    if folder.name.startswith("."):  # the draft; of its parent, only the name is new
-        yield from folder.rglob("*")
