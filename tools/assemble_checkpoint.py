@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=StageConfig.seed, help="of the fresh tensors (%(default)s)")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="cast all tensors")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer to hand on: a file, or a folder with one")
-    formats = [known.name for known in FORMATS if known.name != "megatron-ranks"]
+    formats = [name for name in FORMATS if name != "megatron-ranks"]
     parser.add_argument("--to", choices=formats, default="megatron-dist", help="format (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="list where every tensor comes from, write nothing")
     parser.add_argument("--no-verify", action="store_true", help="do not read the target back")

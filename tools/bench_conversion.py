@@ -2,7 +2,7 @@
 
     tools/bench_conversion.py FOLDER --model 7b --to hf-transformers
 
-In: a folder on the disk to measure, with room for three copies of the weights. Out: one line for `cp` and one for the
+In: a folder on the disk to measure, with room for two copies of the weights. Out: one line for `cp` and one for the
 conversion, there and back: seconds, GB/s, share of `cp`, peak memory of the process (`ru_maxrss`; what the kernel
 caches of files is not in it). Each is run by a process of its own and counts until the bytes are on the disk. The
 weights are random bf16; everything that was written is removed.
@@ -35,7 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", choices=list(SIZES), default="7b")
-    parser.add_argument("--to", choices=[known.name for known in FORMATS], default="hf-transformers")
+    parser.add_argument("--to", choices=FORMATS, default="hf-transformers")
     parser.add_argument("layout", nargs="*", help="after --: further options of convert_checkpoint.py")
     options = parser.parse_args()
     work = options.folder / "bench_conversion"

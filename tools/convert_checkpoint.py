@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SRC")
     parser.add_argument("target", type=Path, metavar="DST", help="a folder that does not exist")
-    parser.add_argument("--to", required=True, choices=[known.name for known in FORMATS])
+    parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size of rank files")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size of rank files")
     parser.add_argument("--virtual-pipeline", type=int, default=1, help="chunks per pipeline rank of rank files")

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from hf_reference import build_reference, randomise, reference_images, relative_difference
+from hf_reference import build_reference, from_transformers, randomise, reference_images, relative_difference
 from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -21,7 +21,7 @@ from megavl.checkpoint.convert.contents import Contents
 from megavl.checkpoint.convert.formats import WriteOptions
 from megavl.checkpoint.convert.hf_folder import DEEPSEEK
 from megavl.checkpoint.convert.lazy import in_memory
-from megavl.checkpoint.convert.run import Request, convert
+from megavl.checkpoint.convert.run import Request, convert, open_checkpoint
 from megavl.checkpoint.hf_names import to_megavl, unused_names
 from megavl.config import DecoderConfig, ModelConfig
 from megavl.data.tokenizer import BOS_NAMES, EOS_NAMES, IMAGE_NAME
@@ -92,6 +92,24 @@ def test_from_pretrained(model: ModelConfig, names: str, tmp_path: Path) -> None
     with torch.no_grad():
         ours, theirs = (side(input_ids=ids, **reference_images(pixels, model)).logits for side in (loaded, reference))
     assert relative_difference(ours, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("model", [TINY, HYBRID], ids=["siglip", "hybrid"])
+def test_what_transformers_saves_is_read(model: ModelConfig, tmp_path: Path) -> None:
+    """Its own configuration leaves defaults out; its own names are those of its version."""
+    size = replace(model, siglip=replace(model.siglip, patch_size=16, image_size=64))  # patch 16 is a default
+    if size.sam:
+        size = replace(size, sam=replace(size.sam, patch_size=16, image_size=128, window=14))
+    reference = build_reference(size)
+    reference.save_pretrained(tmp_path / "saved")
+    form, contents = open_checkpoint(tmp_path / "saved")
+    assert form.name == "hf-transformers"
+    initial = replace(size.decoder, init_std=contents.model.decoder.init_std)
+    sam = size.sam and replace(size.sam, upsample=4 * size.siglip.grid)
+    assert contents.model == replace(size, decoder=initial, sam=sam)
+    expected = from_transformers(reference.state_dict(), size)
+    assert expected.keys() == contents.tensors.keys()
+    assert all(torch.equal(contents.tensors[name].read(), tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("model", [TINY, HYBRID], ids=["siglip", "hybrid"])

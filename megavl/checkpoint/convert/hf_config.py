@@ -42,6 +42,10 @@ _SAM_FIELDS = {
     "neck": "output_channels",
 }
 """Our field -> transformers' field."""
+_SIGLIP_DEFAULTS = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12}
+_SIGLIP_DEFAULTS |= {"num_attention_heads": 12, "intermediate_size": 3072}
+_SAM_DEFAULTS: Json = {theirs: getattr(SIZES["7b"].sam, ours) for ours, theirs in _SAM_FIELDS.items()}
+"""transformers leaves out of a nested section what its class has by default; for SAM that is SAM-B."""
 
 
 def read_config(config: Json, background: Any = None) -> ModelConfig:
@@ -97,10 +101,10 @@ def _read_transformers(config: Json) -> ModelConfig:
     _demand("model_type", kind, "multi_modality", "deepseek_vl", "deepseek_vl_hybrid")
     vision, hybrid = config["vision_config"], kind == "deepseek_vl_hybrid"
     _demand("vision_config.hidden_act", vision.get("hidden_act", "gelu_pytorch_tanh"), "gelu")
-    siglip = SiglipConfig(**{ours: vision[theirs] for ours, theirs in _SIGLIP_FIELDS.items()})
+    siglip = SiglipConfig(**{ours: (_SIGLIP_DEFAULTS | vision)[theirs] for ours, theirs in _SIGLIP_FIELDS.items()})
     sam = None
     if hybrid:
-        high = config["high_res_vision_config"]
+        high = _SAM_DEFAULTS | config["high_res_vision_config"]
         neck = high["output_channels"]
         table = {ours: high[theirs] for ours, theirs in _SAM_FIELDS.items()}
         table |= {"global_layers": tuple(table["global_layers"]), "downsample": (2 * neck, 4 * neck)}
@@ -192,7 +196,9 @@ def transformers_config(model: ModelConfig, dtype: torch.dtype, names: Literal["
     Raises:
         CheckpointError: transformers derives sizes that the model has otherwise.
     """
-    kind = "deepseek_vl_hybrid" if model.sam else "deepseek_vl"
+    kind, colour = ("deepseek_vl_hybrid", CLIP_MEAN_COLOUR) if model.sam else ("deepseek_vl", GREY)
+    if model.background != colour:
+        raise CheckpointError(f"model.background is {model.background}, transformers pads such a model with {colour}")
     vision: Json = {theirs: getattr(model.siglip, ours) for ours, theirs in _SIGLIP_FIELDS.items()}
     vision |= {"model_type": "siglip_vision_model", "hidden_act": "gelu", "vision_use_head": False}
     config: Json = {

@@ -9,16 +9,17 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megavl.checkpoint.convert import carried, dist, hf_files, hf_folder, ranks
+from megavl.checkpoint.convert import carried, hf_files
 from megavl.checkpoint.convert.contents import Contents
 from megavl.checkpoint.convert.formats import Format, FormatName, Progress, Slice, WriteOptions
 from megavl.checkpoint.convert.lazy import cast
@@ -26,8 +27,15 @@ from megavl.checkpoint.convert.shapes import check_types
 from megavl.checkpoint.convert.verify import all_tensors, compare
 from megavl.checkpoint.folder import CheckpointError, check_space
 
-FORMATS: tuple[Format, ...] = (hf_folder.DEEPSEEK, hf_folder.TRANSFORMERS, dist.FORMAT, ranks.FORMAT)
-"""Every format, in the order in which a path is tried."""
+_HOMES: dict[FormatName, tuple[str, str]] = {
+    "hf-deepseek": ("hf_folder", "DEEPSEEK"),
+    "hf-transformers": ("hf_folder", "TRANSFORMERS"),
+    "megatron-ranks": ("ranks", "FORMAT"),
+    "megatron-dist": ("dist", "FORMAT"),
+}
+"""Where each format is defined, in the order in which a path is tried; megatron-core (6 s) is imported only if used."""
+FORMATS = tuple(_HOMES)
+"""Names of all formats."""
 
 RECORD = "conversion.json"
 """What was done, in the target's folder."""
@@ -75,6 +83,12 @@ class Plan:
         return sum(torch.Size(part.shape).numel() * part.dtype.itemsize for part in self.slices)
 
 
+def get_format(name: FormatName) -> Format:
+    """A format by its name."""
+    module, attribute = _HOMES[name]
+    return getattr(import_module(f"megavl.checkpoint.convert.{module}"), attribute)
+
+
 def find_format(path: Path) -> Format:
     """The format of a checkpoint.
 
@@ -83,10 +97,11 @@ def find_format(path: Path) -> Format:
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder")
-    for known in FORMATS:
+    for name in FORMATS:
+        known = get_format(name)
         if known.detect(path):
             return known
-    raise CheckpointError(f"{path}: not a checkpoint of any known format ({', '.join(f.name for f in FORMATS)})")
+    raise CheckpointError(f"{path}: not a checkpoint of any known format ({', '.join(FORMATS)})")
 
 
 def open_checkpoint(path: Path) -> tuple[Format, Contents]:
@@ -124,8 +139,7 @@ def plan_contents(contents: Contents, source: dict[str, Any], request: Request) 
     Raises:
         CheckpointError: they cannot become what is asked for.
     """
-    target = next((known for known in FORMATS if known.name == request.to), None)
-    assert target is not None, f"{request.to} is not registered"
+    target = get_format(request.to)
     contents = _prepare(contents, request, target)
     slices = list(target.plan(contents, request.options))
     if not target.carries:
@@ -181,9 +195,9 @@ def carry_out(planned: Plan, request: Request, bar: Bar) -> dict[str, Any]:
         check_space(parent, planned.nbytes + files)
         draft.mkdir()
         record = _fill(draft, planned, request, bar)
-        _sync(draft)
+        _sync([draft, *draft.rglob("*")])
         draft.rename(request.target)
-        _sync(parent)
+        _sync([parent])
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CheckpointError(f"{request.target}: {'the disk is full' if full else error}") from None
@@ -242,17 +256,11 @@ def _version(package: str) -> str:
         return "not installed as a package"
 
 
-def _sync(folder: Path) -> None:
-    """Make files and names of a folder survive a power failure."""
-    for path in _walk(folder):
+def _sync(paths: Iterable[Path]) -> None:
+    """Make files, and the names in folders, survive a power failure."""
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    yield folder
-    if folder.name.startswith("."):  # the draft; of its parent, only the name is new
-        yield from folder.rglob("*")
