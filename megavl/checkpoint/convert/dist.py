@@ -8,10 +8,9 @@ In: a run folder, a `checkpoints` folder or one checkpoint; or `Contents`. Out: 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from megavl.checkpoint import folder as folders
 from megavl.checkpoint.convert.contents import Contents, Training
@@ -21,6 +20,7 @@ from megavl.checkpoint.convert.formats import Format, Progress, Slice, WriteOpti
 from megavl.checkpoint.convert.lazy import LazyTensor
 from megavl.checkpoint.convert.shapes import check_shapes
 from megavl.checkpoint.convert.sizes import MODEL_FILE, read_sizes, sizes_from
+from megavl.checkpoint.convert.training import description_of, training_from
 from megavl.checkpoint.folder import CheckpointError
 from megavl.checkpoint.index import INDEX
 from megavl.checkpoint.optimizer_state import PREFIX as OPTIMIZER_PREFIX
@@ -92,33 +92,6 @@ def stored_tensors(contents: Contents) -> dict[str, LazyTensor]:
     """Weights and optimizer state by the names of the checkpoint."""
     optimizer = contents.training.optimizer if contents.training else {}
     return {**contents.tensors, **{OPTIMIZER_PREFIX + name: tensor for name, tensor in optimizer.items()}}
-
-
-def training_from(state: Mapping[str, Any], optimizer: Mapping[str, LazyTensor], path: Path) -> Training:
-    """Training state from its description.
-
-    Raises:
-        CheckpointError: the description lacks a number.
-    """
-    try:
-        step, adam_step = int(state["step"]), int(state["adam_step"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: no usable step and adam_step ({type(error).__name__}: {error})") from None
-    return Training(step=step, adam_step=adam_step, optimizer=optimizer, description=dict(state))
-
-
-def description_of(training: Training) -> dict[str, Any]:
-    """The description for `state.json`. No layout is named: random states, which belong to one, are not converted."""
-    return {
-        "format": 1,
-        "tokenizer": "",
-        "recipe": {},
-        "extra": {},
-        **training.description,
-        "step": training.step,
-        "adam_step": training.adam_step,
-        "layout": {},
-    }
 
 
 def _sizes(folder: Path, training: Training | None) -> ModelConfig:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from megavl.checkpoint.convert.file_ranges import read_values
 from megavl.checkpoint.convert.lazy import LazyTensor
+from megavl.checkpoint.convert.torch_file import find_records
 from megavl.checkpoint.folder import CheckpointError
 from megavl.checkpoint.index import INDEX, read_metadata, tensor_entries
 
@@ -75,15 +76,14 @@ class _Chunk:
         if found != listed:
             raise CheckpointError(f"{self.path}: {self.name} is {found[0]} {found[1]}, {INDEX} says {listed}")
         with _Part(self.path, self.start, self.length) as part:
-            archive: Any = torch._C.PyTorchFileReader(cast(BinaryIO, part))
-            (record,) = (name for name in archive.get_all_records() if name.startswith("data/"))
-            offset = archive.get_record_offset(record)  # that of the described storage is computed, not looked up
-            size, needed = archive.get_record_size(record), tensor.untyped_storage().nbytes()
-        if size != needed:
-            raise CheckpointError(f"{self.path}: {self.name} needs {needed} bytes, {size} are stored")
+            records = find_records(cast(BinaryIO, part), f"{self.path}: {self.name}")
+        (record,) = (record for name, record in records.items() if name.startswith("data/"))
+        needed = int(tensor.untyped_storage().nbytes())
+        if record.nbytes != needed:
+            raise CheckpointError(f"{self.path}: {self.name} needs {needed} bytes, {record.nbytes} are stored")
         if not tensor.is_contiguous():
             return None
-        return self.start + offset + tensor.storage_offset() * self.dtype.itemsize
+        return self.start + record.offset + int(tensor.storage_offset()) * self.dtype.itemsize
 
 
 class _Part(io.RawIOBase):

@@ -5,7 +5,7 @@ Every file must be there, agree with the others and hold exactly the tensors of 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ class _Joiner:
                 raise CheckpointError(
                     f"{self.paths[ranks]}: {label} is {part.dtype}, {parts[0].dtype} on the first tensor rank"
                 )
-            parts.append(part)
+            parts.append(replace(part, source=f"{self.paths[ranks]}: {label}"))
         rows = _copies(parts) if cut is None else _joined(shape, parts, name)
         return LazyTensor(shape=shape, dtype=parts[0].dtype, rows=rows, source=parts[0].source)
 

@@ -23,6 +23,7 @@ from megavl.checkpoint.convert.formats import Progress
 from megavl.checkpoint.convert.lazy import LazyTensor
 from megavl.checkpoint.convert.rank_layout import Slab
 from megavl.checkpoint.convert.safetensors_file import pieces
+from megavl.checkpoint.convert.torch_file import find_records
 
 THREADS = 3
 """Pieces read and written at a time."""
@@ -81,14 +82,18 @@ def _write_without_values(path: Path, content: dict[str, Any]) -> list[tuple[Par
     path.parent.mkdir(parents=True, exist_ok=True)
     with FakeTensorMode():
         described = _with_fake_tensors(content, parts)
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(described, path)
-    archive: Any = torch._C.PyTorchFileReader(str(path))
-    records = [f"data/{number}" for number in range(len(parts))]  # torch numbers storages as it meets them
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(described, path)
+    except RuntimeError as error:  # all that torch says of what the file system refused
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
+    with path.open("rb") as stream:
+        found = find_records(stream, str(path))
+    records = [found[f"data/{number}"] for number in range(len(parts))]  # torch numbers storages as it meets them
     for part, record in zip(parts, records, strict=True):
-        size, needed = archive.get_record_size(record), torch.Size(part.shape).numel() * part.source.dtype.itemsize
-        assert size == needed, f"{record} of {path} has room for {size} bytes, {part.source.source} needs {needed}"
-    return [(part, archive.get_record_offset(record)) for part, record in zip(parts, records, strict=True)]
+        needed = torch.Size(part.shape).numel() * part.source.dtype.itemsize
+        assert record.nbytes == needed, f"{path} has room for {record}, {part.source.source} needs {needed} bytes"
+    return [(part, record.offset) for part, record in zip(parts, records, strict=True)]
 
 
 def _with_fake_tensors(value: Any, parts: list[Part]) -> Any:

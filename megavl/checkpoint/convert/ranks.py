@@ -9,8 +9,8 @@ A rank file is what `torch.save` makes of a dict:
 
     checkpoint_version   3.0
     iteration            steps done
-    args                 sizes and layout, a dict: Megatron-LM's Namespace is a class, which torch's weights-only
-                         reading refuses where megatron-core has not named it as safe
+    args                 sizes and layout, a dict: Megatron-LM's Namespace is a class, and a file that asks for
+                         classes is refused (`torch_file.py`)
     model, or model0, model1, ... with virtual stages: local name -> this rank's part of the weights
     optimizer            the same keys -> kind (exp_avg, exp_avg_sq, param) -> local name -> part; only with a run
     state                the run's description, as `state.json`; only with a run
@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from megavl.checkpoint.convert.contents import Contents
-from megavl.checkpoint.convert.dist import description_of, training_from
 from megavl.checkpoint.convert.formats import Format, Progress, Slice, WriteOptions
 from megavl.checkpoint.convert.lazy import LazyTensor
 from megavl.checkpoint.convert.rank_layout import RankLayout, Slab, cut_of, local_shape, rank_layout, slabs
 from megavl.checkpoint.convert.rank_read import FILE, VERSION, read_layout, read_rank_files
 from megavl.checkpoint.convert.rank_write import Part, write_rank_files
 from megavl.checkpoint.convert.shapes import check_shapes
+from megavl.checkpoint.convert.training import description_of, training_from
 from megavl.checkpoint.folder import CheckpointError, write_durably
 from megavl.config import ModelConfig
 

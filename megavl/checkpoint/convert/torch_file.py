@@ -9,9 +9,10 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +22,17 @@ from megavl.checkpoint.convert.file_ranges import read_values
 from megavl.checkpoint.convert.lazy import LazyTensor
 from megavl.checkpoint.folder import CheckpointError
 
-Records = dict[int, int]
-"""Byte at which a storage starts in the file -> its bytes."""
-
 _LOCAL_HEADER = 30
 """Bytes of a zip entry's header before the name; the lengths of name and extra field are its last four."""
+
+
+class Record(NamedTuple):
+    """Where one of its parts lies in a file of `torch.save`."""
+
+    offset: int
+    """Byte at which it starts."""
+    nbytes: int
+    """Its bytes."""
 
 
 def read_torch_file(path: Path, allowed: Sequence[type] = ()) -> Any:
@@ -38,9 +45,9 @@ def read_torch_file(path: Path, allowed: Sequence[type] = ()) -> Any:
     Raises:
         CheckpointError: not such a file, damaged, or it asks for objects that only a trusted file may ask for.
     """
-    records = _read_records(path)
+    records = _sizes_by_offset(path)
     try:
-        with FakeTensorMode(), torch.serialization.safe_globals(list(allowed)):
+        with FakeTensorMode(), _only_safe(allowed):
             content = torch.load(path, weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
@@ -51,30 +58,59 @@ def read_torch_file(path: Path, allowed: Sequence[type] = ()) -> Any:
     return _with_lazy_tensors(content, path, path.name, records)
 
 
-def _read_records(path: Path) -> Records:
-    """Where the storages lie. torch guesses the offsets from its own alignment, so they are looked up here."""
+@contextmanager
+def _only_safe(allowed: Sequence[type]) -> Iterator[None]:
+    """Let torch take these classes only: importing megatron-core declares more of them safe for the whole process."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(allowed))
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def find_records(stream: IO[bytes], where: str) -> dict[str, Record]:
+    """Where everything in such a file lies. torch guesses the offsets from its own alignment; these are looked up.
+
+    Args:
+        stream: the file, or a part of one that is a whole file of `torch.save`.
+        where: for error messages.
+
+    Raises:
+        CheckpointError: not such a file, or its values cannot be used as they lie.
+    """
+    try:
+        with zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise CheckpointError(f"{path}: its tensors are compressed, which torch.save never does")
+                raise CheckpointError(f"{where}: its tensors are compressed, which torch.save never does")
             if any(e.filename.endswith("/byteorder") and archive.read(e) != b"little" for e in entries):
-                raise CheckpointError(f"{path}: written on a machine of other byte order")
-            records: Records = {}
+                raise CheckpointError(f"{where}: written on a machine of other byte order")
+            records: dict[str, Record] = {}
             for entry in entries:
                 stream.seek(entry.header_offset)
                 name, extra = struct.unpack("<HH", stream.read(_LOCAL_HEADER)[-4:])
-                records[entry.header_offset + _LOCAL_HEADER + name + extra] = entry.file_size
+                offset = entry.header_offset + _LOCAL_HEADER + name + extra
+                records[entry.filename.partition("/")[2]] = Record(offset, entry.file_size)
             return records
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except (zipfile.BadZipFile, struct.error, NotImplementedError):
         raise CheckpointError(
-            f"{path}: truncated, or not a zip file of torch.save (a file of torch before 1.6 must be saved again)"
+            f"{where}: truncated, or not a zip file of torch.save (a file of torch before 1.6 must be saved again)"
         ) from None
 
 
-def _with_lazy_tensors(value: Any, path: Path, name: str, records: Records) -> Any:
+def _sizes_by_offset(path: Path) -> dict[int, int]:
+    """Byte at which a storage starts in the file -> its bytes."""
+    try:
+        with path.open("rb") as stream:
+            return {record.offset: record.nbytes for record in find_records(stream, str(path)).values()}
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _with_lazy_tensors(value: Any, path: Path, name: str, records: dict[int, int]) -> Any:
     """Replace every tensor; `name` says where `value` stands."""
     if isinstance(value, Tensor):
         return _lazy(value, path, name, records)
@@ -86,7 +122,7 @@ def _with_lazy_tensors(value: Any, path: Path, name: str, records: Records) -> A
     return value
 
 
-def _lazy(tensor: Tensor, path: Path, name: str, records: Records) -> LazyTensor:
+def _lazy(tensor: Tensor, path: Path, name: str, records: dict[int, int]) -> LazyTensor:
     """A tensor of the file. `tensor` has its shape, strides and place in a storage, but no values."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise CheckpointError(f"{name}: a tensor of layout {tensor.layout}, only dense ones can be read")
