@@ -19,7 +19,6 @@ from small_run import lines, make_data
 from megavl.checkpoint.convert.lazy import LazyTensor
 from megavl.checkpoint.convert.run import open_checkpoint
 from megavl.config import ModelConfig
-from megavl.model.sizes import SIZES
 from megavl.parallel.groups import destroy_groups
 from megavl.recipe import load_recipe
 from megavl.train import main as train
@@ -37,10 +36,10 @@ ADAPTOR = (
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder to work in, where the 7B is as small as the recipe's model; signals and groups as before afterwards."""
+    """A folder to work in, with data and a recipe; signals and groups as before afterwards."""
     before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
     monkeypatch.setattr(stopping, "FAREWELL_S", 0.0)
-    monkeypatch.setitem(SIZES, "7b", load_recipe(make_data(tmp_path)).model)
+    make_data(tmp_path)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     for number, handler in before:
@@ -84,10 +83,10 @@ def publish(model: ModelConfig, folder: Path) -> None:
     transformers.SiglipVisionModel(vision).save_pretrained(folder / "ViT-L-16-SigLIP-384")
 
 
-def without(arguments: list[str], *options: str) -> list[str]:
-    """The same without an option and its value."""
-    kept = list(arguments)
-    for option in options:
+def at_the_recipes_size(arguments: list[str]) -> list[str]:
+    """Instead of the 7B the recipe's model, which has SigLIP alone and computes in fp32."""
+    kept = ["recipe.py" if word == "7b" else word for word in arguments]
+    for option in ("--sam", "--dtype"):
         at = kept.index(option)
         del kept[at : at + 2]
     return kept
@@ -113,9 +112,9 @@ def check_start(workplace: Path, start: Mapping[str, LazyTensor]) -> Mapping[str
 
 @pytest.mark.slow
 def test_readme_from_public_weights_to_an_export(workplace: Path) -> None:
-    publish(SIZES["7b"], workplace)
+    publish(load_recipe("recipe.py").model, workplace)
     (assembling,) = readme_commands("assemble_checkpoint")
-    run_tool("assemble_checkpoint", without(assembling, "--sam", "--dtype"))  # SigLIP alone, and a run in fp32
+    run_tool("assemble_checkpoint", at_the_recipes_size(assembling))
     start = open_checkpoint(workplace / "weights/start")[1].tensors
     saved = check_start(workplace, start)
 

@@ -6,14 +6,17 @@ What no public checkpoint has (adaptor, stride-2 convolutions, side branch) is w
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import isqrt, prod
+from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megavl.checkpoint.convert.contents import Contents
-from megavl.checkpoint.convert.lazy import LazyTensor, cast, computed, in_memory, stacked
+from megavl.checkpoint.convert.lazy import LazyTensor, cast, computed, stacked
 from megavl.checkpoint.convert.public_config import check_language, check_sam, check_siglip
 from megavl.checkpoint.convert.public_names import FRESH_PREFIXES, Found, Part, find_part
 from megavl.checkpoint.convert.shapes import full_shapes
@@ -141,20 +144,36 @@ def _common_type(found: Mapping[Part, Found]) -> torch.dtype:
 
 
 def fresh_tensors(model: ModelConfig, seed: int) -> dict[str, LazyTensor]:
-    """The initial values that `build_stages` gives to what no public checkpoint has, fp32, in memory.
+    """The initial values that `build_stages` gives to what no public checkpoint has, fp32; drawn at the first read."""
+    lock, drawn = Lock(), dict[str, Tensor]()
 
-    A generator passes through the whole SAM tower (385 MB at the 7B's sizes, for a moment) to reach the convolutions
+    def values(name: str) -> Tensor:
+        with lock:  # writers read from several threads
+            if not drawn:
+                drawn.update(_draw(model, seed))
+        return drawn[name]
+
+    return {
+        name: replace(computed([], shape, partial(values, name), torch.float32), source=f"seed {seed}: {name}")
+        for name, shape in full_shapes(model).items()
+        if name.startswith(FRESH_PREFIXES)
+    }
+
+
+def _draw(model: ModelConfig, seed: int) -> dict[str, Tensor]:
+    """All fresh tensors.
+
+    The generator passes through the whole SAM tower (385 MB at the 7B's sizes, for a moment) to reach the convolutions
     behind it: their values depend on what was drawn before.
     """
     adaptor = make_adaptor(model)
     initialise_vision(adaptor, seeded_generator(seed, "adaptor"))
-    drawn = {"first_stage.adaptor." + name: p.detach() for name, p in adaptor.named_parameters()}
+    named = {"first_stage.adaptor." + name: p.detach() for name, p in adaptor.named_parameters()}
     if model.sam:
         tower = SamTower(model.sam)
         initialise_vision(tower, seeded_generator(seed, "towers"))
-        named = {"first_stage.towers.sam." + name: p.detach() for name, p in tower.named_parameters()}
-        drawn |= {name: tensor for name, tensor in named.items() if name.startswith(FRESH_PREFIXES)}
-    return {name: in_memory(tensor, f"seed {seed}: {name}") for name, tensor in drawn.items()}
+        named |= {"first_stage.towers.sam." + name: p.detach() for name, p in tower.named_parameters()}
+    return {name: tensor for name, tensor in named.items() if name.startswith(FRESH_PREFIXES)}
 
 
 def join(ours: str, parts: Sequence[LazyTensor], shape: tuple[int, ...], groups: int) -> LazyTensor:
