@@ -25,7 +25,7 @@ from megavl.ops import choose
 from megavl.parallel.groups import Groups
 from megavl.training.flops import peak_flops
 from megavl.training.rank_report import StepTotals
-from megavl.training.synthetic_run import DTYPES, SyntheticRun, build_run, counts_of, padded_counts_of, recipe_batch
+from megavl.training.synthetic_run import DTYPES, SyntheticRun, build_run, counts_of, recipe_batch
 from megavl.training.throughput import throughput
 
 
@@ -129,17 +129,20 @@ def _row(
     tokens, in_all, median = rows * recipe.data.seq_length, rows * images, statistics.median(seconds)
     on_cuda = groups.device.type == "cuda"
     device = torch.cuda.get_device_name(groups.device) if on_cuda else f"CPU {platform.machine()}"
+    chosen = choose(recipe.kernels, groups.device, DTYPES[recipe.stage.dtype])
+    fused_head = chosen["linear_cross_entropy"].implementation == "triton"  # computes labelled positions alone
+    labelled = tokens - in_all * recipe.model.tokens_per_image
+    counts = counts_of(totals[0], in_all, labelled if fused_head else tokens)
     speed = throughput(
         recipe.model,
         recipe.parallel,
         run.trained,
-        counts=counts_of(totals[0], in_all),
-        padded=padded_counts_of(totals[0], in_all, tokens),
+        counts=counts,
+        padded=counts,  # rows are full
         seconds=median,
         ranks=groups.world_size,
         peak=peak_flops(device) if recipe.stage.dtype == "bf16" else None,
     )
-    chosen = choose(recipe.kernels, groups.device, DTYPES[recipe.stage.dtype])
     tenths = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else [median] * 9
     return Row(
         device=device,

@@ -5,7 +5,7 @@ Shapes: t tokens of a micro-batch, p positions per image, i images, S side of an
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -158,19 +158,12 @@ def document_batch(recipe: Recipe, documents: Sequence[tuple[int, int]], *, seed
     )
 
 
-def counts_of(totals: StepTotals, images: int) -> StepCounts:
-    """What a step held, padding excluded; the head is computed for every position."""
-    return StepCounts(images=images, tokens=totals.tokens, squared_lengths=totals.squared_lengths, logits=totals.tokens)
-
-
-def padded_counts_of(totals: StepTotals, images: int, tokens: int) -> StepCounts:
-    """The same with padding.
+def counts_of(totals: StepTotals, images: int, logits: int) -> StepCounts:
+    """What a step held, padding excluded.
 
     Args:
         totals: of the step.
         images: encoded, over all data-parallel ranks.
-        tokens: computed, over all data-parallel ranks.
+        logits: positions that the head computes, over all data-parallel ranks.
     """
-    return replace(
-        counts_of(totals, images), tokens=tokens, squared_lengths=totals.padded_squared_lengths, logits=tokens
-    )
+    return StepCounts(images=images, tokens=totals.tokens, squared_lengths=totals.squared_lengths, logits=logits)

@@ -7,10 +7,10 @@ recomputation, images encoded on several ranks).
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megavl.config import ModelConfig, ParallelConfig
-from megavl.training.flops import LANGUAGE_TERMS, StepCounts, hardware_flops, step_flops
+from megavl.training.flops import StepCounts, hardware_flops, step_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Throughput:
     tflops: float
     """Model operations per second and rank, in 1e12."""
     llm_tflops: float
-    """The language model's part of them."""
+    """The same of the language model alone, with the head over every token."""
     hardware_tflops: float
     """Operations carried out per second and rank, in 1e12."""
     mfu: float | None
@@ -59,9 +59,10 @@ def throughput(
         peak: operations per second of one device, where known.
     """
     terms = step_flops(model, trained, counts)
-    whole, language = sum(terms.values()), sum(terms[name] for name in LANGUAGE_TERMS)
+    # Counters to compare with have the head compute every token, whether it does or not.
+    language = step_flops(model, trained, replace(counts, images=0, logits=counts.tokens))
     hardware = sum(hardware_flops(model, trained, padded, parallel).values())
-    rates = [operations / seconds / ranks for operations in (whole, language, hardware)]
+    rates = [operations / seconds / ranks for operations in (sum(terms.values()), sum(language.values()), hardware)]
     shares = [None if peak is None else rate / peak for rate in rates]
     return Throughput(
         tokens_per_s=padded.tokens / seconds,
