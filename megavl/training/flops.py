@@ -23,9 +23,6 @@ from megavl.config import DecoderConfig, ModelConfig, ParallelConfig, SamConfig,
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 operations per second by a part of the device's name (vendor data sheets, SXM; the A100 also as PCIe)."""
 
-LANGUAGE_TERMS = ("decoder", "attention", "head")
-"""The terms of the language model: their MFU compares with counters that know nothing of images."""
-
 Terms = dict[str, float]
 """Floating-point operations by name of the part."""
 

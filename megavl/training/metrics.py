@@ -65,7 +65,7 @@ class StepRecord:
     tflops: float
     """Model operations (see flops.py) per second and rank, in 1e12."""
     llm_tflops: float
-    """The language model's part of them."""
+    """The same of the language model alone, with the head over every token."""
     hardware_tflops: float
     """Operations carried out per second and rank, in 1e12: with padding, recomputation and repeated encoding."""
     mfu: float | None

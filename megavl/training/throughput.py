@@ -13,7 +13,7 @@ import torch
 
 from megavl.config import ModelConfig, ParallelConfig, Recipe
 from megavl.ops import choose
-from megavl.training.flops import LANGUAGE_TERMS, StepCounts, hardware_flops, step_flops
+from megavl.training.flops import StepCounts, hardware_flops, step_flops
 from megavl.training.rank_report import StepTotals
 from megavl.training.step import StepResult
 
@@ -29,7 +29,7 @@ class Throughput:
     tflops: float
     """Model operations per second and rank, in 1e12."""
     llm_tflops: float
-    """The language model's part of them, the head counted at every position."""
+    """The same of the language model alone, with the head over every token."""
     hardware_tflops: float
     """Operations carried out per second and rank, in 1e12."""
     mfu: float | None
@@ -86,11 +86,11 @@ def throughput(
         ranks: that shared the work.
         peak: operations per second of one device, where known.
     """
-    whole = sum(step_flops(model, trained, counts).values())
-    comparable = step_flops(model, trained, replace(counts, logits=counts.tokens))
-    language = sum(comparable[name] for name in LANGUAGE_TERMS)
+    terms = step_flops(model, trained, counts)
+    # Counters to compare with have the head compute every token, whether it does or not.
+    language = step_flops(model, trained, replace(counts, images=0, logits=counts.tokens))
     hardware = sum(hardware_flops(model, trained, padded, parallel).values())
-    rates = [operations / seconds / ranks for operations in (whole, language, hardware)]
+    rates = [operations / seconds / ranks for operations in (sum(terms.values()), sum(language.values()), hardware)]
     shares = [None if peak is None else rate / peak for rate in rates]
     return Throughput(
         tokens_per_s=padded.tokens / seconds,

@@ -35,6 +35,14 @@ def test_clues() -> None:
     assert look(FIRST, [EXPECTED[FIRST] + 0.3]).twin == ""
 
 
+def test_alike_norms_are_no_twins() -> None:
+    """Norm weights of all layers are about 1: a wrong update does not make one the other."""
+    expected = {f"decoder.layers.{n}.norm.weight": torch.ones(4) + 0.01 * n for n in range(2)}
+    (name, _), wrong = expected, torch.ones(4) + 0.02
+    copies = {"tensor": [wrong], "data-parallel": [wrong]}
+    assert make_clue(name, copies, expected, copied=True, difference=0.02, tolerance=1e-5).twin == ""
+
+
 def test_a_gradient_where_there_should_be_none() -> None:
     copies = {"tensor": [torch.ones(2)], "data-parallel": [torch.ones(2)]}
     clue = make_clue(BIAS, copies, {BIAS: torch.zeros(2)}, copied=True, difference=1.0, tolerance=1e-5)

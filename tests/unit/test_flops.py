@@ -189,7 +189,7 @@ def test_throughput_counts_in_three_ways() -> None:
     speed = throughput(model, ParallelConfig(), STAGES[2], counts=counts, padded=padded, seconds=0.5, ranks=4, peak=1e9)
     assert (speed.tokens_per_s, speed.images_per_s) == (200, 6)
     assert speed.llm_tflops == pytest.approx(language / 0.5 / 4 / 1e12)
-    unlabelled = 3 * 2 * 16 * 32 * 30
+    unlabelled = 3 * 2 * 16 * 32 * 30  # other counters' heads compute them, this one does not
     assert speed.tflops == pytest.approx((language - unlabelled + images) / 0.5 / 4 / 1e12)
     assert speed.llm_mfu == pytest.approx(language / 0.5 / 4 / 1e9)
     hardware = sum(hardware_flops(model, STAGES[2], padded, ParallelConfig()).values())
