@@ -81,11 +81,11 @@ STATES: list[tuple[int, dict[str, Any], int, str]] = [
 
 @pytest.mark.parametrize(("ranks", "fields", "stage", "dtype"), STATES)
 def test_state_of_a_rank(world: World, ranks: int, fields: dict[str, Any], stage: int, dtype: str) -> None:
-    """Parameters, gradients and optimizer of an uneven plan, byte for byte; sharding pads, by less than 3% here."""
+    """Parameters, gradients and optimizer of an uneven plan, byte for byte; sharding pads every parameter."""
     parallel = ParallelConfig(device="cpu", **fields)
     data = ranks // (parallel.tensor * parallel.pipeline)
     expected = rank_memory(case(parallel, stage, dtype), COUNTS, micro_batches=4, data=data)
-    slack = 0.03 if parallel.distributed_optimizer else 0.0
+    slack = 0.1 if parallel.distributed_optimizer else 0.0
     for rank, parameters, gradients, optimizer in world.run(state_bytes, parallel, stage, dtype, ranks=ranks):
         estimate = expected[rank]
         assert parameters == estimate.parameters
