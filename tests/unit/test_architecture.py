@@ -23,7 +23,7 @@ ALLOWED = {
     "recipe": {"config"},
     "generate": {"config", "data", "model", "parallel", "training", "checkpoint", "generate"},
     "evaluate": {"config", "data", "model", "parallel", "training", "checkpoint", "generate", "evaluate"},
-    "planning": {"config", "data", "model", "parallel", "training", "recipe", "planning"},
+    "planning": {"config", "data", "ops", "model", "parallel", "training", "recipe", "planning"},
     "train": {"config", "data", "ops", "model", "parallel", "planning", "training", "checkpoint", "evaluate", "recipe"},
 }
 """Station -> the stations it may import. `data` gives `MicroBatch` to those above it and imports none of them."""
