@@ -19,6 +19,7 @@ from megavl.data.microbatch import StepBatch
 from megavl.model.build import build_stages
 from megavl.parallel.gradients import wrap_stages
 from megavl.parallel.groups import destroy_groups, init_groups
+from megavl.parallel.random_state import seed_everything
 from megavl.planning.calibrate import calibrate
 from megavl.planning.costs import Case, part_costs
 from megavl.planning.emulate import KINDS, LAYOUTS, emulate_step, example_seconds
@@ -42,6 +43,7 @@ def case(parallel: ParallelConfig, stage: int, dtype: str) -> Case:
 def state_bytes(parallel: ParallelConfig, stage: int, dtype: str) -> tuple[int, int, int, int]:
     """(pipeline rank, bytes of parameters, of gradient buffers, of optimizer state) of this rank after one step."""
     groups = init_groups(parallel)
+    seed_everything(1, groups)
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     stages = build_stages(MODEL, parallel, dtype=kind, seed=1, pg=groups.pg, device=groups.device)
     apply_freeze(stages, stage)
