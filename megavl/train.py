@@ -70,7 +70,7 @@ def plan(recipe: Recipe) -> Recipe:
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
     recipe, chosen = resolve_layout(recipe, int(os.environ.get("WORLD_SIZE", "1")), device)
     if chosen is not None:
-        logging.getLogger(__name__).info("\n".join(plan_lines(chosen)))
+        logging.getLogger("megavl").info("\n".join(plan_lines(chosen)))
     return recipe
 
 

@@ -15,7 +15,7 @@ from megavl.train import main
 
 STEPS = 24
 PIPELINE = (
-    *("--parallel.pipeline", "2", "--parallel.vision", "split_model"),
+    *("--parallel.pipeline", "2", "--parallel.vision", "split_model", "--parallel.layout", "auto"),
     *("--stage.steps", str(STEPS), "--data.language_warmup", "0.5"),
 )
 
@@ -59,14 +59,38 @@ def test_run_folder(recipe: Path, whole: tuple[Path, str]) -> None:
         assert f"step {STEPS}/{STEPS}" in text
         assert "finished" in text
     saved = load_recipe_json(folder / "recipe.json")
-    assert saved.parallel.pipeline == 2
+    assert (saved.parallel.pipeline, saved.parallel.layout) == (2, "1,1")
     assert saved.model == load_recipe(recipe).model
 
 
 def test_start_tells_what_was_chosen(whole: tuple[Path, str]) -> None:
     _, out = whole
-    for words in ("CPU mode", "attention exact", "pipeline 2", "layer 1 + norm + head", "frozen", "images  ", "epochs"):
+    for words in (
+        "CPU mode",
+        "layout 1,1",
+        "attention exact",
+        "pipeline 2",
+        "layer 1 + norm + head",
+        "frozen",
+        "images  ",
+        "epochs",
+    ):
         assert words in out
+
+
+def test_dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan of the same run, and all problems of a bad one, without a process group and without a trace on disk."""
+    folder = recipe.parent / "never"
+    options = ["--run_dir", str(folder), "--dry-run", "--gpus", "2"]
+    assert main([str(recipe), *PIPELINE, *options]) == 0
+    out = capsys.readouterr().out
+    for words in ("layout 1,1 ", "images: multimodal, share 50.00%, 24 samples", "estimate from assumed", "no problem"):
+        assert words in out
+    assert main([str(recipe), "--data.seq_length", "8", "--parallel.pipeline", "3", *options]) == 1
+    told = capsys.readouterr().err
+    for words in ("24 of 24 samples are longer than data.seq_length 8", "2 ranks do not divide by", "3 problem(s)"):
+        assert words in told
+    assert not folder.exists()
 
 
 def test_language_share(whole: tuple[Path, str]) -> None:
