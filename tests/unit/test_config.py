@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 
-from megavl.config import DataConfig, OptimConfig, ParallelConfig, Recipe, SourceConfig, StageConfig, validate
+from megavl.config import (
+    DataConfig,
+    KernelsConfig,
+    OptimConfig,
+    ParallelConfig,
+    Recipe,
+    SourceConfig,
+    StageConfig,
+    validate,
+)
 from megavl.model.sizes import SIZES
 
 
@@ -65,6 +74,11 @@ def test_sizes_are_consistent(size: str) -> None:
         ("checkpoint.keep", 0, ["keep 0"]),
         ("logging.every", 0, ["every 0"]),
         ("run_dir", "", ["run_dir"]),
+        (
+            "kernels",
+            KernelsConfig(interpolate="triton", interpolate_conv="triton"),
+            ["kernels.interpolate_conv triton", "kernels.interpolate triton would never run"],
+        ),
     ],
 )
 def test_each_problem(field: str, value: Any, words: list[str]) -> None:
