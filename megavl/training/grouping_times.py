@@ -31,7 +31,7 @@ from megavl.config import (
 )
 from megavl.data.microbatch import StepBatch
 from megavl.data.mixture import RowSpec, StepPlan
-from megavl.data.rank_batch import RankPlace, padded_lengths
+from megavl.data.rank_batch import RankPlace, padded_lengths, rank_rows
 from megavl.parallel.groups import Groups
 from megavl.training.step import train_step
 from megavl.training.synthetic_run import SyntheticRun, build_run, document_batch
@@ -99,15 +99,15 @@ def measure_groupings(
     """
     recipe = _recipe(parallel, packing, global_batch)
     run = build_run(recipe, groups)
-    plans = {grouping: _rows(recipe, grouping) for grouping in GROUPINGS}
-    read = [sorted((row.source, row.parts) for rows in plan for row in rows) for plan in plans.values()]
+    plans = {grouping: _plan(recipe, grouping) for grouping in GROUPINGS}
+    read = [sorted((row.source, row.parts) for row in _all_rows(plan)) for plan in plans.values()]
     assert all(same == read[0] for same in read), "groupings read different rows"
     batches = {grouping: _batches(recipe, groups, plan) for grouping, plan in plans.items()}
     _train(run, batches["none"][:2])  # warm-up
     found: dict[Grouping, list[GroupingTime]] = {grouping: [] for grouping in GROUPINGS}
     for _ in range(rounds):
         for grouping in GROUPINGS:
-            tokens = sum(row.length for rows in plans[grouping] for row in rows)
+            tokens = sum(row.length for row in _all_rows(plans[grouping]))
             found[grouping].append(_time(run, batches[grouping], tokens))
     return {grouping: _middle(times) for grouping, times in found.items()}
 
@@ -143,13 +143,16 @@ def _stores() -> dict[str, Any]:
     }
 
 
-def _rows(recipe: Recipe, grouping: Grouping) -> list[list[RowSpec]]:
-    """Rows of every step."""
-    plan = StepPlan(replace(recipe.data, grouping=grouping), recipe.stage, _stores(), MODEL.tokens_per_image)
-    return [plan.rows(step) for step in range(STEPS)]
+def _plan(recipe: Recipe, grouping: Grouping) -> StepPlan:
+    return StepPlan(replace(recipe.data, grouping=grouping), recipe.stage, _stores(), MODEL.tokens_per_image)
 
 
-def _batches(recipe: Recipe, groups: Groups, plan: Sequence[Sequence[RowSpec]]) -> list[StepBatch]:
+def _all_rows(plan: StepPlan) -> list[RowSpec]:
+    """Rows of all steps."""
+    return [row for step in range(STEPS) for row in plan.rows(step)]
+
+
+def _batches(recipe: Recipe, groups: Groups, plan: StepPlan) -> list[StepBatch]:
     """This rank's part of every step, with made-up content."""
     place = RankPlace(
         dp_rank=groups.data_rank,
@@ -160,8 +163,8 @@ def _batches(recipe: Recipe, groups: Groups, plan: Sequence[Sequence[RowSpec]]) 
     )
     images = _stores()["captions"].image_counts
     batches = []
-    for step, rows in enumerate(plan):
-        mine = [[rows[number] for number in numbers] for numbers in place.row_numbers(len(rows))]
+    for step in range(STEPS):
+        mine = rank_rows(plan, step, place)
         made = []
         for own, length in zip(mine, padded_lengths(mine, place), strict=True):
             documents = [document for row in own for document in _documents(row, images)]

@@ -15,9 +15,10 @@ from megavl.training.grouping_times import (
     LENGTH,
     STEPS,
     GroupingTime,
+    _all_rows,
     _batches,
+    _plan,
     _recipe,
-    _rows,
     grouping_table,
     measure_groupings,
 )
@@ -26,7 +27,7 @@ from megavl.training.grouping_times import (
 @pytest.mark.parametrize("packing", [False, True])
 def test_every_grouping_reads_the_same_rows(packing: bool) -> None:
     recipe = _recipe(ParallelConfig(), packing, 16)
-    plans = {grouping: _rows(recipe, grouping) for grouping in GROUPINGS}
+    plans = {g: [_plan(recipe, g).rows(step) for step in range(STEPS)] for g in GROUPINGS}
     read = [sorted((row.source, row.parts) for rows in plan for row in rows) for plan in plans.values()]
     assert read[0] == read[1] == read[2]
     modalities = {g: [[row.modality for row in rows] for rows in plan] for g, plan in plans.items()}
@@ -42,11 +43,11 @@ def test_every_grouping_reads_the_same_rows(packing: bool) -> None:
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_batches_hold_the_rows_of_a_rank(pipeline: int) -> None:
     recipe = _recipe(ParallelConfig(pipeline=pipeline), False, 16)
-    rows = _rows(recipe, "none")
+    plan = _plan(recipe, "none")
     whole = images = 0
     for rank in range(2):
         groups: Any = SimpleNamespace(data_rank=rank, data_size=2, tensor_size=1, pipeline_size=pipeline)
-        for step, batch in enumerate(_batches(recipe, groups, rows)):
+        for step, batch in enumerate(_batches(recipe, groups, plan)):
             lengths = {m.tokens.numel() for m in batch.micro_batches}
             assert pipeline == 1 or len(lengths) == 1, f"step {step}: {lengths}"
             images += sum(m.num_images for m in batch.micro_batches)
@@ -54,8 +55,9 @@ def test_batches_hold_the_rows_of_a_rank(pipeline: int) -> None:
                 assert m.image_slots.numel() == 36 * m.num_images
                 assert bool((m.labels[m.image_slots[:-1]] == IGNORE).all()) or not m.num_images
                 whole += m.tokens.numel()
-    real = sum(row.length for step in rows for row in step)
-    assert images == sum(row.num_images for step in rows for row in step)
+    rows = _all_rows(plan)
+    real = sum(row.length for row in rows)
+    assert images == sum(row.num_images for row in rows)
     assert whole == real if pipeline == 1 else whole > 1.05 * real
 
 
