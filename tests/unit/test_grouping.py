@@ -44,8 +44,8 @@ def compare(pipeline: int, data: int, micro_batches: int, *, fused: bool, packed
 def test_gain_of_whole_steps_over_shuffled_rows(
     pipeline: int, data: int, micro_batches: int, fused: bool, gain: float
 ) -> None:
-    """In per cent, against an independent simulation of other draws, hence half a per cent. That simulation's row of 128
-    ranks x 4 stages (2.4) is not reproduced: this one gives 3.9, and why is not known."""
+    """In per cent, against an independent simulation of other draws, hence half a per cent. That simulation's row of
+    128 ranks x 4 stages (2.4) is not reproduced: this one gives 3.9, and why is not known."""
     shuffled, _, _, step = compare(pipeline, data, micro_batches, fused=fused)
     assert 100 * (shuffled.total / step.total - 1) == pytest.approx(gain, abs=0.5)
 
