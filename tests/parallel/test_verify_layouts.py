@@ -116,7 +116,7 @@ def missing_data_sum() -> tuple[Any, str, Any]:
 def shifted_label() -> tuple[Any, str, Any]:
     """Labels one position too early: the model learns to repeat its input."""
     sound = LastStage.forward
-    return LastStage, "forward", lambda self, hidden, labels: sound(self, hidden, shift_labels(labels, -1))
+    return LastStage, "forward", lambda self, hidden, labels, _: sound(self, hidden, shift_labels(labels, -1))
 
 
 def swapped_order() -> tuple[Any, str, Any]:

@@ -5,12 +5,13 @@ written into a hidden folder beside the target, which gets its name when it has 
 leaves there is removed by the next run.
 """
 
+import ctypes
 import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -185,9 +186,13 @@ def convert(request: Request, bar: Bar) -> dict[str, Any]:
     return carry_out(plan(request), request, bar)
 
 
+_M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
+
+
 def carry_out(planned: Plan, request: Request, bar: Bar) -> dict[str, Any]:
     """`convert` from its plan on."""
     parent, draft = request.target.absolute().parent, _draft(request.target)
+    _return_freed_memory()
     try:
         parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)  # of a run that was interrupted
@@ -204,6 +209,16 @@ def carry_out(planned: Plan, request: Request, bar: Bar) -> dict[str, Any]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return record
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give blocks of 1 MiB and more back when they are freed.
+
+    By itself it keeps blocks of up to 32 MiB, and small objects between them hold the heap apart: 2.7 GB at the end of
+    a verified 1.3B.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _draft(target: Path) -> Path:
