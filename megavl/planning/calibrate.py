@@ -57,9 +57,7 @@ def calibrate(model: ModelConfig, path: Path, *, tokens: int, device: str = "aut
     dtype = torch.bfloat16 if cuda else torch.float32
     single = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, layers=1))
     ops = make_ops(KernelsConfig(), groups.device, dtype)
-    (stage,) = build_stages(
-        single, ParallelConfig(), dtype=dtype, seed=1, pg=groups.pg, device=groups.device, ops=ops
-    )  # fmt: skip
+    (stage,) = build_stages(single, ParallelConfig(), dtype=dtype, seed=1, pg=groups.pg, device=groups.device, ops=ops)
     seconds = {**_vision_seconds(stage, dtype), **_decoder_seconds(stage, tokens, dtype)}
     destroy_groups()
     work = _work(single, tokens)

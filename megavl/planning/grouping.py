@@ -70,9 +70,15 @@ class _Rows(NamedTuple):
 
 
 def compare_groupings(
-    case: Case, sizes: RowSizes, *, data: int, micro_batches: int, steps: int = 40, language_share: float = 0.7,
+    case: Case,
+    sizes: RowSizes,
+    *,
+    data: int,
+    micro_batches: int,
+    steps: int = 40,
+    language_share: float = 0.7,
     seed: int = 0,
-) -> list[GroupingTime]:  # fmt: skip
+) -> list[GroupingTime]:
     """Time every grouping on the same rows.
 
     Args:
@@ -165,9 +171,7 @@ def _step_parts(case: Case, rows: _Rows) -> Array:
     useful = (forward + backward).sum(axis=1)[np.arange(len(work)), slowest]
     seconds = _pipeline_seconds(padded_forward, padded_backward, transfer_s(case, int(padded.tokens.max())))
     busy = work.max(axis=1)
-    return np.array(
-        [useful.mean(), (busy - useful).mean(), (seconds - busy).mean(), (seconds.max() - seconds).mean()]
-    )  # fmt: skip
+    return np.array([useful.mean(), (busy - useful).mean(), (seconds - busy).mean(), (seconds.max() - seconds).mean()])
 
 
 def _stage_seconds(case: Case, rows: _Rows) -> tuple[Array, Array]:

@@ -69,8 +69,10 @@ def preflight(recipe: Recipe, gpus: int, hardware: Hardware) -> tuple[list[str],
     problems = [*validate(recipe), *data.problems]
     plan, advice, layout_problems = _plan(recipe, gpus, hardware, data)
     problems += layout_problems
-    lines = [f"{gpus} ranks, {recipe.stage.steps:,} steps of {recipe.stage.global_batch:,} rows, training stage "
-             f"{recipe.stage.number}"]  # fmt: skip
+    lines = [
+        f"{gpus} ranks, {recipe.stage.steps:,} steps of {recipe.stage.global_batch:,} rows, training stage "
+        f"{recipe.stage.number}"
+    ]
     if plan is not None:
         lines += ["", "PLAN", *plan_lines(plan), *advice, "", "TIME", *_time_lines(recipe, plan)]
         problems += _memory_problems(plan)

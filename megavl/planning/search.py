@@ -169,9 +169,13 @@ def _candidates(
                     if rest or not count or (virtual > 1 and count % pipeline):
                         continue
                     parallel = dataclasses.replace(
-                        given, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, layout="",
+                        given,
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        virtual_pipeline=virtual,
+                        layout="",
                         sequence=given.sequence and tensor > 1,
-                    )  # fmt: skip
+                    )
                     batch = Batch(micro_batch=rows, micro_batches=count, data=data)
                     yield dataclasses.replace(case, parallel=parallel), batch
 

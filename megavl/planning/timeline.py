@@ -98,9 +98,14 @@ def _draw(plan: Plan, panels: list[_Panel], path: Path) -> None:
             axes.barh(span.rank, width, left=left, height=0.8, color=colour, edgecolor="white", linewidth=0.4)
             if width > 18e3 * longest / 1180:
                 axes.text(
-                    left + width / 2, span.rank, str(span.task.micro_batch),
-                    ha="center", va="center", fontsize=7, color="white",
-                )  # fmt: skip
+                    left + width / 2,
+                    span.rank,
+                    str(span.task.micro_batch),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white",
+                )
         for rank, note in enumerate(panel.notes):
             axes.text(1.01, rank, note, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
         axes.set_title(panel.title, fontsize=10, loc="left")

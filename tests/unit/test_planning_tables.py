@@ -81,8 +81,10 @@ def test_assumed_rates_of_the_towers_are_the_estimates_of_the_kernel_plan() -> N
     """Without calibration: 3.1 ms an image fused, 6.6 plain, 0.8 for SigLIP alone (matrix products at 450 TFLOP/s)."""
     for kernel, expected in (("triton", 3.1), ("reference", 6.6)):
         setting = dataclasses.replace(
-            case(), hardware=HARDWARE["h200"], kernels=KernelsConfig(sam_attention=kernel)  # type: ignore[arg-type]
-        )  # fmt: skip
+            case(),
+            hardware=HARDWARE["h200"],
+            kernels=KernelsConfig(sam_attention=kernel),  # type: ignore[arg-type]
+        )
         costs = part_costs(setting, counts(1))
         towers = sum(costs[name].forward_s for name in ("sam", "sam_adaptor", "siglip", "aligner"))
         assert 1e3 * towers == pytest.approx(expected, abs=0.06)
@@ -209,9 +211,17 @@ def test_share_of_the_towers_in_a_micro_batch(tensor: int, replicated: float, di
     ],
 )
 def test_mfu_that_the_report_implies(
-    name: str, gpus: int, days: int, steps: int, rows: int, per_token: float, stage_two: float, everything: float,
-    mfu: float, mfu_all: float,
-) -> None:  # fmt: skip
+    name: str,
+    gpus: int,
+    days: int,
+    steps: int,
+    rows: int,
+    per_token: float,
+    stage_two: float,
+    everything: float,
+    mfu: float,
+    mfu_all: float,
+) -> None:
     """Table 4's steps and batches over the stated GPU days, at an A100's 312 TFLOP/s."""
     tokens = steps * rows * 4096
     whole = StepCounts(images=0, tokens=tokens, squared_lengths=steps * rows * 4096**2, logits=tokens)
