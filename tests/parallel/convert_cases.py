@@ -1,13 +1,20 @@
 """What the ranks of the conversion tests run: real stages, asked what the converter knows from names alone."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from megavl.checkpoint.convert.rank_layout import Cut, Slab, cut_of, local_shape, rank_layout, slabs
+from megavl.checkpoint.reader import load_model
 from megavl.config import ModelConfig, ParallelConfig
+from megavl.data.microbatch import MicroBatch
+from megavl.generate.parallel_logits import parallel_logits
 from megavl.model.build import build_stages
 from megavl.model.shards import full_name, full_shape, is_sharded, take_shard
+from megavl.parallel.gradients import wrap_stages
 from megavl.parallel.groups import init_groups
+from megavl.parallel.random_state import seed_everything
 
 Facts = tuple[int, str, Cut | None, tuple[int, ...], list[int]]
 """Place, local name, cut, local shape, and where each value of this rank's part lies in the full tensor."""
@@ -38,3 +45,13 @@ def take_slabs(values: Tensor, rows: list[Slab]) -> Tensor:
     values = values if values.dim() else values[None]
     parts = [values[slab.first : slab.stop] for slab in rows]
     return torch.cat([p[:, s.columns] if s.columns else p for p, s in zip(parts, rows, strict=True)])
+
+
+def converted_logits(model: ModelConfig, parallel: ParallelConfig, folder: str, batch: MicroBatch) -> Tensor:
+    """Logits [t, v] of a micro-batch with the weights of a checkpoint, under a layout."""
+    groups = init_groups(parallel)
+    seed_everything(9, groups)
+    stages = build_stages(model, parallel, dtype=torch.float32, seed=9, pg=groups.pg, device=groups.device)
+    chunks = wrap_stages(stages, parallel, groups)
+    load_model(Path(folder), chunks, groups)
+    return parallel_logits(chunks, parallel, groups)(batch.to(groups.device)).cpu()

@@ -1,20 +1,29 @@
 """Conversion against real worlds: tables equal built stages, a converted run trains on as if never converted."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_cases import MODEL, ROWS, Plan, train
-from convert_cases import compare_layout
+from convert_cases import compare_layout, converted_logits
 from world import World
 
 from megavl.checkpoint.convert import dist, ranks
 from megavl.checkpoint.convert.contents import Contents
 from megavl.checkpoint.convert.formats import Format, WriteOptions
+from megavl.checkpoint.convert.hf_folder import DEEPSEEK
+from megavl.checkpoint.convert.lazy import in_memory
+from megavl.checkpoint.convert.run import Request
+from megavl.checkpoint.convert.run import convert as convert_folder
 from megavl.checkpoint.convert.shapes import full_shapes
 from megavl.checkpoint.folder import find_newest
-from megavl.config import ParallelConfig
+from megavl.checkpoint.hf_names import to_megavl
+from megavl.config import DecoderConfig, ParallelConfig
+from megavl.data.microbatch import IGNORE, MicroBatch
+from megavl.model.sizes import SIZES
+from tests.numerics.hf_reference import reference_images, reference_model, relative_difference
 
 TP2_PP2 = ParallelConfig(tensor=2, pipeline=2)
 PP2_VPP2 = ParallelConfig(pipeline=2, virtual_pipeline=2)
@@ -87,3 +96,44 @@ def test_converted_weights_start_a_run(world: World, tmp_path: Path) -> None:
     assert loaded.tensors.keys() == saved.tensors.keys()
     for name, tensor in saved.tensors.items():
         assert torch.equal(tensor.read(), loaded.tensors[name].read()), name
+
+
+def test_a_released_model_computes_the_same_over_ranks(world: World, tmp_path: Path) -> None:
+    """hf-deepseek -> megatron-dist -> tensor 2 x pipeline 2: the logits of `transformers` with the source's weights."""
+    tiny = SIZES["tiny_hybrid"]
+    assert tiny.sam is not None
+    decoder = DecoderConfig(layers=3, hidden=96, heads=6, kv_heads=2, ffn=136, vocab=160)
+    model = replace(tiny, decoder=decoder, sam=replace(tiny.sam, neck=16, downsample=(32, 64)))
+    image_id, slots = 5, model.tokens_per_image
+    reference = reference_model(model, image_id=image_id)
+    weights = {name: in_memory(tensor.float(), name) for name, tensor in reference.state_dict().items()}
+    source = tmp_path / "released"
+    source.mkdir()
+    contents = Contents(model=model, tensors=to_megavl(weights, model, "transformers"))
+    DEEPSEEK.write(contents, source, WriteOptions(), lambda _: None)
+    request = Request(source=source, target=tmp_path / "start", to="megatron-dist")
+    convert_folder(request, lambda what, total: nullcontext(lambda count: None))
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(image_id + 1, decoder.vocab, (2 * slots + 11,), generator=generator)
+    image_slots = torch.cat([torch.arange(3, 3 + slots), torch.arange(7 + slots, 7 + 2 * slots)])
+    tokens[image_slots] = image_id
+    pixels = torch.randint(0, 256, (2, 3, model.image_size, model.image_size), generator=generator)
+    batch = MicroBatch(
+        tokens=tokens,
+        labels=torch.full_like(tokens, IGNORE),
+        positions=torch.arange(len(tokens)),
+        cu_seqlens=torch.tensor([0, len(tokens)], dtype=torch.int32),
+        max_document=len(tokens),
+        pixels=pixels.to(torch.uint8),
+        image_slots=image_slots,
+        num_images=2,
+        modality="multimodal",
+        sample_ids=(("test", 0),),
+    )
+    with torch.no_grad():
+        images = reference_images(pixels.double() / 255, model)
+        expected = reference(input_ids=tokens[None], **images).logits[0]
+    parallel = ParallelConfig(tensor=2, pipeline=2, sequence=True)
+    for logits in world.run(converted_logits, model, parallel, str(tmp_path / "start"), batch):
+        assert relative_difference(logits, expected) <= 1e-5
