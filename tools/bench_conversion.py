@@ -1,11 +1,13 @@
 """Memory and speed of a conversion beside `cp` of the same bytes on the same disk.
 
     tools/bench_conversion.py FOLDER --model 7b --to hf-transformers
+    tools/bench_conversion.py FOLDER --model 7b --to megatron-ranks --tensor 2 --pipeline 2
 
 In: a folder on the disk to measure, with room for two copies of the weights. Out: one line for `cp` and one for the
 conversion, there and back: seconds, GB/s, share of `cp`, peak memory of the process (`ru_maxrss`; what the kernel
 caches of files is not in it). Each is run by a process of its own and counts until the bytes are on the disk. The
-weights are random bf16; everything that was written is removed.
+weights are random bf16; everything that was written is removed. Options that this tool does not know go to
+`convert_checkpoint.py`.
 """
 
 import argparse
@@ -36,18 +38,17 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", choices=list(SIZES), default="7b")
     parser.add_argument("--to", choices=FORMATS, default="hf-transformers")
-    parser.add_argument("layout", nargs="*", help="after --: further options of convert_checkpoint.py")
-    options = parser.parse_args()
+    options, further = parser.parse_known_args()
     work = options.folder / "bench_conversion"
     work.mkdir(parents=True)
     try:
-        _measure(work, options.model, options.to, options.layout)
+        _measure(work, options.model, options.to, further)
     finally:
         shutil.rmtree(work)
     return 0
 
 
-def _measure(work: Path, model: str, to: str, layout: list[str]) -> None:
+def _measure(work: Path, model: str, to: str, further: list[str]) -> None:
     source, target = work / "source", work / "target"
     source.mkdir()
     DEEPSEEK.write(_random_contents(model), source, WriteOptions(), lambda count: None)
@@ -58,7 +59,7 @@ def _measure(work: Path, model: str, to: str, layout: list[str]) -> None:
     _report("cp", size, copied, copied, 0)
     shutil.rmtree(work / "copy")
     convert = [sys.executable, str(_CONVERT), "--no-verify"]
-    there, memory = _timed([*convert, str(source), str(target), "--to", to, *layout])
+    there, memory = _timed([*convert, str(source), str(target), "--to", to, *further])
     _report(f"hf-deepseek -> {to}", size, there, copied, memory)
     shutil.rmtree(source)
     back, memory = _timed([*convert, str(target), str(source), "--to", "hf-deepseek"])
