@@ -70,13 +70,6 @@ def backward_of(function: Callable[..., Tensor], inputs: list[Tensor]) -> Call:
     return lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
 
 
-def forward_and_backward_of(function: Callable[..., Tensor], inputs: list[Tensor]) -> Call:
-    """Forward and backward pass of `function` as one call; `inputs` that need a gradient require one."""
-    leaves = [x for x in inputs if x.requires_grad]
-    gradient = torch.randn_like(function(*inputs))
-    return lambda: torch.autograd.grad(function(*inputs), leaves, gradient)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
     """What this device reached in this run; floors are relative to it, not to a data sheet."""

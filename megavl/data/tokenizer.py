@@ -11,7 +11,7 @@ means an image places that id (`megavl/data/prompt.py`).
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -100,16 +100,6 @@ def _check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"broken Unicode (lone surrogate) at character {error.start}") from error
-
-
-class _Backend(Protocol):
-    vocab_size: int
-
-    def find(self, name: str) -> int | None: ...
-    def control_id(self, role: str) -> int | None: ...
-    def encode(self, text: str) -> list[int]: ...
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]: ...
-    def decode(self, ids: list[int]) -> str: ...
 
 
 class _HuggingFace:

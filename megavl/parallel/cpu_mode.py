@@ -64,11 +64,6 @@ def enter_cpu_mode() -> None:
     logging.getLogger(__name__).info("CPU mode: megatron-core's CUDA calls go to the CPU, collectives to gloo")
 
 
-def in_cpu_mode() -> bool:
-    """Whether this process has entered CPU mode."""
-    return _entered
-
-
 class _TorchOnCpu(ModuleType):
     """torch as `_FACTORY_MODULES` see it: `device="cuda"` in a factory means the CPU, everything else is torch's."""
 

@@ -68,11 +68,6 @@ def stage_plan(model: ModelConfig, parallel: ParallelConfig) -> list[StagePlace]
     return places
 
 
-def layout_string(places: Sequence[StagePlace]) -> str:
-    """The plan as `parallel.layout` writes it, such as `8,8,8,6`."""
-    return ",".join(str(len(place.layers)) for place in places)
-
-
 def describe_plan(places: Sequence[StagePlace]) -> str:
     """One line per stage."""
     lines = []
