@@ -111,7 +111,7 @@ def train_step(
         images=int(totals["images"]),
         grad_norm=grad_norm,
         grad_norms=grad_norms,
-        skipped="" if updated else reason(totals["labels"], loss, grad_norm, grad_norms),
+        skipped="" if updated else skip_reason(totals["labels"], loss, grad_norm, grad_norms),
     )
 
 
@@ -247,7 +247,7 @@ def _sum_over_ranks(reports: Sequence[Tensor], micro_batches: Sequence[MicroBatc
     return dict(zip(totals, summed.tolist(), strict=True))
 
 
-def reason(labels: float, loss: float, grad_norm: float, grad_norms: dict[str, float]) -> str:
+def skip_reason(labels: float, loss: float, grad_norm: float, grad_norms: dict[str, float]) -> str:
     """Why a step did not update the parameters: `the gradient norm is nan (not finite: the gradient of siglip)`."""
     if not labels:
         return "no token of the global batch has a label"

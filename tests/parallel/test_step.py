@@ -18,7 +18,7 @@ from megavl.model.shards import full_parameters
 from megavl.model.vision.tower import VisionTowers
 from megavl.parallel.gradients import replicas_differ, unwrap
 from megavl.training.reference_steps import PARITY_OPTIM
-from megavl.training.step import StepResult, forward_only, train_step
+from megavl.training.step import StepResult, forward_only, skip_reason, train_step
 from megavl.training.synthetic_batches import Case, global_batch, share
 
 
@@ -91,6 +91,25 @@ def test_the_reason_names_the_component_whose_gradient_is_not_finite(world: Worl
         assert reason in [f"the gradient norm is {x} (not finite: the gradient of siglip)" for x in ("inf", "nan")]
         assert moved == []
         assert second == ""
+
+
+@pytest.mark.parametrize(
+    ("labels", "loss", "norms", "sentence"),
+    [
+        (0, math.nan, {"decoder": 0.0}, "no token of the global batch has a label"),
+        (9, math.inf, {"siglip": 1.0, "decoder": 2.0}, "the loss is inf"),
+        (9, math.nan, {"siglip": 1.0, "decoder": math.nan}, "the loss is nan (not finite: the gradient of decoder)"),
+        (
+            9,
+            2.5,
+            {"siglip": math.inf, "aligner": math.nan, "decoder": 2.0},
+            "the gradient norm is inf (not finite: the gradient of siglip, aligner)",
+        ),
+    ],
+    ids=["no labels", "loss", "both", "gradient"],
+)
+def test_the_reason_in_words(labels: int, loss: float, norms: dict[str, float], sentence: str) -> None:
+    assert skip_reason(labels, loss, math.hypot(*norms.values()), norms) == sentence
 
 
 def step_without_labels(parallel: ParallelConfig) -> tuple[StepResult, bool]:
