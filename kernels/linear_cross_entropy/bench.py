@@ -2,7 +2,7 @@
 
 Only forward and backward together: the operator forms its gradients in the forward pass. Beside `triton`:
 
-- `triton_buffer` adds the weight's gradient to an fp32 buffer that was there before, as training can; its peak memory
+- `triton_buffer` adds the weight's gradient to an fp32 buffer that was there before, as training does; its peak memory
   therefore holds no gradient of `weight`, that of all others does.
 - `triton_chunk512`, ...: other chunk sizes.
 - `megatron`: a head in PyTorch before megatron-core's fused vocabulary-parallel loss, in a group of one rank.

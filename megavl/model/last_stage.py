@@ -65,6 +65,9 @@ class LastStage(MegatronModule):
 class LossHead(ColumnParallelLinear):
     """megatron-core's layer that, given labels, answers with losses instead of logits.
 
+    Inside megatron-core's data-parallel wrapper the weight's gradient is added to the wrapper's buffer where it is
+    formed: no second [v/tp, h], which is the largest tensor of a pass.
+
     The weight is read inside a call of the module that owns it: under overlapped parameter gathering a hook on that
     call waits until the weight has arrived.
     """
@@ -88,6 +91,7 @@ class LossHead(ColumnParallelLinear):
             return super().forward(hidden)
         if self.sequence_parallel:  # backward: the ranks' parts of the gradient are summed and cut
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)  # [t, 1, h]
+        buffer = getattr(self.weight, "main_grad", None)  # fp32; the wrapper gives it to trained parameters
         total, losses = fused(
             hidden.squeeze(1),
             self.weight,
@@ -96,9 +100,10 @@ class LossHead(ColumnParallelLinear):
             group=self.tp_group,
             vocab_start=self.tp_group.rank() * self.weight.shape[0],
             reduce_hidden_gradient=not self.sequence_parallel,
+            weight_gradient=buffer,
             ignore_index=IGNORE,
         )
-        return _TokenLosses.apply(total, losses)
+        return _TokenLosses.apply(total, losses, None if buffer is None else self.weight)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -106,13 +111,22 @@ class _TokenLosses(torch.autograd.Function):
 
     A gradient that is not the same for every token cannot be given; it becomes NaN, as seeing it here would mean
     waiting for the device.
+
+    Where the gradient of `weight` is in the wrapper's buffer already, the wrapper's hook is told so. It still needs to
+    be called, and with overlapped reduction to find a gradient, which it drops unread: the weight itself plays that
+    part, as it takes neither memory nor time.
     """
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, losses: Tensor) -> Tensor:
+    def forward(ctx: Any, total: Tensor, losses: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.weight = weight
         return losses.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None]:
         first = gradient[0]
-        return torch.where((gradient == first).all(), first, torch.nan), None
+        total = torch.where((gradient == first).all(), first, torch.nan)
+        if ctx.weight is None:
+            return total, None, None
+        ctx.weight.grad_added_to_main_grad = True
+        return total, None, ctx.weight.detach()

@@ -215,6 +215,7 @@ def _record(
         images=result.images,
         images_spread=totals.images_spread,
         grad_norm=result.grad_norm,
+        grad_norms=result.grad_norms,
         lr=lr,
         step_time_s=seconds,
         data_wait_s=totals.data_wait_s,

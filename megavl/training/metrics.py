@@ -52,6 +52,8 @@ class StepRecord:
     """Most minus fewest images of a data-parallel rank: what the others wait for."""
     grad_norm: float
     """Norm of the global gradient before clipping."""
+    grad_norms: dict[str, float]
+    """The same by trained component of the model (`grad_norm/` in TensorBoard)."""
     lr: float
     """Learning rate of the update."""
     step_time_s: float
@@ -189,6 +191,8 @@ class Metrics:
         for name in SPEEDS:
             if values[name] is not None:
                 self._board.add_scalar(f"speed/{name}", values[name], record.step)
+        for component, norm in record.grad_norms.items():
+            self._board.add_scalar(f"grad_norm/{component}", norm, record.step)
         for part, seconds in record.parts.items():
             self._board.add_scalar(f"parts/{part}_s", seconds, record.step)
         for rank, share_idle in enumerate(record.bubble):

@@ -51,6 +51,8 @@ class StepDifference:
 
     loss: float
     grad_norm: float
+    grad_norms: dict[str, float]
+    """By component of the model."""
     gradients: dict[str, float]
     """By full name."""
     parameters: dict[str, float]
@@ -58,7 +60,8 @@ class StepDifference:
 
     def worst(self) -> float:
         """The largest of all."""
-        return max(self.loss, self.grad_norm, *self.gradients.values(), *self.parameters.values())
+        by_name = (self.grad_norms, self.gradients, self.parameters)
+        return max(self.loss, self.grad_norm, *(value for kind in by_name for value in kind.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +196,7 @@ def _difference(
     return StepDifference(
         loss=_relative(torch.tensor(result.loss), torch.tensor(expected.loss)),
         grad_norm=_relative(torch.tensor(result.grad_norm), torch.tensor(expected.grad_norm)),
+        grad_norms=_compare_norms(result.grad_norms, expected.gradients),
         gradients=_compare(run.stages, run.gradients, expected.gradients, groups, is_gradient=True),
         parameters=_compare(run.stages, parameters, expected.parameters, groups),
     )
@@ -292,6 +296,20 @@ def _compare(
         for name, value in part.items():
             merged[name] = max(value, merged.get(name, 0.0))
     return merged
+
+
+def _compare_norms(norms: dict[str, float], gradients: dict[str, Tensor]) -> dict[str, float]:
+    """Relative difference of each component's gradient norm to that of whole gradients, by full name."""
+    squares: dict[str, Tensor] = {}
+    for name, gradient in gradients.items():
+        component = Stage.component_of(name)
+        squares[component] = squares.get(component, torch.zeros(())) + gradient.cpu().double().square().sum()
+    return {
+        component: _relative(torch.tensor(norms.get(component, math.nan)), squares[component].sqrt())
+        if component in squares
+        else 1.0
+        for component in squares.keys() | norms.keys()
+    }
 
 
 def _relative(a: Tensor, b: Tensor, least: float = 0.0) -> float:

@@ -52,6 +52,8 @@ class StepResult:
     """Images encoded (once per data-parallel rank, whatever the tensor size)."""
     grad_norm: float
     """Norm of the global gradient before clipping."""
+    grad_norms: dict[str, float]
+    """The same by trained component of the model; the root of the sum of their squares is `grad_norm`."""
     skipped: str
     """Why the parameters were not updated, or empty."""
 
@@ -99,7 +101,7 @@ def train_step(
     loss = totals["loss"] / totals["labels"] if totals["labels"] else math.nan
     set_learning_rate(optimizer, lr, vision_lr)
     with timed(chunks, "optimizer"):
-        grad_norm, updated = update(optimizer, allowed=math.isfinite(loss))
+        grad_norm, grad_norms, updated = update(optimizer, groups.device, allowed=math.isfinite(loss))
     return StepResult(
         loss=loss,
         loss_sums={m: totals[f"{m} loss"] for m in _MODALITIES},
@@ -108,7 +110,8 @@ def train_step(
         tokens=int(totals["tokens"]),
         images=int(totals["images"]),
         grad_norm=grad_norm,
-        skipped="" if updated else _reason(totals, loss, grad_norm),
+        grad_norms=grad_norms,
+        skipped="" if updated else skip_reason(totals["labels"], loss, grad_norm, grad_norms),
     )
 
 
@@ -244,7 +247,10 @@ def _sum_over_ranks(reports: Sequence[Tensor], micro_batches: Sequence[MicroBatc
     return dict(zip(totals, summed.tolist(), strict=True))
 
 
-def _reason(totals: dict[str, float], loss: float, grad_norm: float) -> str:
-    if not totals["labels"]:
+def skip_reason(labels: float, loss: float, grad_norm: float, grad_norms: dict[str, float]) -> str:
+    """Why a step did not update the parameters: `the gradient norm is nan (not finite: the gradient of siglip)`."""
+    if not labels:
         return "no token of the global batch has a label"
-    return f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+    broken = [name for name, norm in grad_norms.items() if not math.isfinite(norm)]
+    return f"{what} (not finite: the gradient of {', '.join(broken)})" if broken else what

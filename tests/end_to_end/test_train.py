@@ -136,7 +136,8 @@ def test_stop_and_resume_bit_for_bit(recipe: Path, whole: tuple[Path, str]) -> N
     code, out, err = run(recipe, *PIPELINE, "--run_dir", str(folder))
     assert code == 0, err
     assert f"starts at step {done}" in out
-    same = ("step", "modality", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "images", "language_share")
+    counts = ("tokens", "supervised_tokens", "images", "language_share")
+    same = ("step", "modality", "loss", "grad_norm", "grad_norms", "lr", *counts)
     first, second = ([[line[name] for name in same] for line in lines(of)] for of in (whole[0], folder))
     assert first == second
     assert lines(whole[0], "validation")[-1] == lines(folder, "validation")[-1]

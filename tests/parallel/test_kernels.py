@@ -11,13 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from layouts import MODEL, TOLERANCE
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import Tensor
 from torch.nn import functional
 from world import World
 
 from megavl.config import KernelsConfig, ParallelConfig
 from megavl.data.microbatch import IGNORE
-from megavl.ops import make_ops
+from megavl.model.build import transformer_config
+from megavl.model.last_stage import LastStage
+from megavl.ops import PLAIN, make_ops
 from megavl.parallel.groups import init_groups
 from megavl.training.parity import Comparison, run_layout
 from megavl.training.reference_steps import Question, run_reference
@@ -145,3 +148,44 @@ def test_loss_cut_over_ranks_equals_the_whole(world: World) -> None:
     assert distance(parts[0] + parts[1], 2) < bound
     assert distance(parts[0], 2) > 0.1
     assert not any(x.any() for r in ranks for x in r["none"])
+
+
+def head_gradient(dtype: torch.dtype, fused: bool, overlap: bool) -> tuple[Tensor, list[bool]]:
+    """The second of two steps of two micro-batches: the head's gradient summed over the data-parallel ranks, and for
+    each backward pass whether the gradient that the wrapper's hook met took no memory."""
+    parallel = ParallelConfig(device="cpu")
+    groups = init_groups(parallel)
+    ops = make_ops(LOSS, groups.device, dtype) if fused else PLAIN
+    config = transformer_config(MODEL, parallel, dtype=dtype, device=groups.device, ops=ops)
+    stage = LastStage(config, MODEL.decoder.vocab, groups.pg, ops)
+    weight = stage.head.weight
+    torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(7))
+    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=overlap)
+    wrapped = DistributedDataParallel(config, options, stage, pg_collection=groups.pg)
+    without_memory: list[bool] = []
+    weight.register_post_accumulate_grad_hook(lambda w: without_memory.append(w.grad.data_ptr() == w.data_ptr()))
+    generator = torch.Generator().manual_seed(groups.rank)
+    hidden = torch.randn(2, 12, 1, MODEL.decoder.hidden, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(MODEL.decoder.vocab, (2, 12), generator=generator)
+    labels[0, 3:5] = IGNORE
+    for _ in range(2):
+        wrapped.zero_grad_buffer()
+        with torch.no_grad():
+            wrapped(hidden[0], labels[0])  # a measurement leaves no gradient
+        with wrapped.no_sync():
+            wrapped(hidden[0], labels[0]).sum().backward()
+        wrapped(hidden[1], labels[1]).sum().backward()
+        wrapped.finish_grad_sync()
+    return weight.main_grad.clone(), without_memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_head_adds_its_gradient_to_the_buffer_of_the_wrapper(world: World, dtype: torch.dtype) -> None:
+    """fp16 stands for bf16, which the interpreter computes wrongly: parameters narrower than the buffer."""
+    plain, unfused = world.run(head_gradient, dtype, False, False, ranks=2)[0]
+    added, fused = world.run(head_gradient, dtype, True, False, ranks=2)[0]
+    overlapped, _ = world.run(head_gradient, dtype, True, True, ranks=2)[0]
+    assert added.dtype is torch.float32
+    assert torch.equal(added, overlapped)
+    assert ((added - plain).norm() / plain.norm()).item() <= max(2 * torch.finfo(dtype).eps, 1e-6)
+    assert (unfused, fused) == ([False] * 4, [True] * 4)

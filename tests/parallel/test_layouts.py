@@ -23,6 +23,7 @@ from megavl.model.stage import Stage
 from megavl.parallel import gradients, vision_placement
 from megavl.parallel.vision_ahead import AheadEncoder
 from megavl.parallel.vision_placement import TensorGroupImages
+from megavl.training import optimizer
 from megavl.training.freeze import TRAINED
 from megavl.training.parity import Comparison
 
@@ -43,7 +44,7 @@ def check(comparison: Comparison) -> list[float]:
     assert comparison.drifted == []
     for name, step in zip(STEP_NAMES, comparison.steps, strict=True):
         off = {n: d for kind in (step.gradients, step.parameters) for n, d in kind.items() if d > TOLERANCE}
-        assert step.worst() <= TOLERANCE, f"{name}: loss {step.loss}, norm {step.grad_norm}, {off}"
+        assert step.worst() <= TOLERANCE, f"{name}: loss {step.loss}, norm {step.grad_norm} {step.grad_norms}, {off}"
     return [step.worst() for step in comparison.steps]
 
 
@@ -168,6 +169,7 @@ def compare_with(fault: str, stage: int, parallel: ParallelConfig, path: str) ->
         "lost share": (TensorGroupImages, "join", join_without_last_share),
         "doubled": (gradients, "_mark_replicated", mark_summed),
         "turned": (AheadEncoder, "_gather", gather_turned),
+        "counted by all": (optimizer, "param_is_not_tensor_parallel_duplicate", lambda parameter, group: True),
     }[fault]
     return _with(owner, name, fault_function, stage, parallel, path)
 
@@ -204,6 +206,15 @@ def test_the_comparison_sees_faults_of_placement(
     assert max(wrong.values()) > 0.02
     assert (image.loss > 1e-4) == (fault in ("lost share", "turned"))
     assert bool(comparison.drifted) == (fault == "unmarked")
+
+
+def test_the_comparison_sees_a_norm_that_counts_copies(world: World, references: dict[int, str]) -> None:
+    """Two tensor ranks hold copies of the towers and of the decoder's norms."""
+    ranks, parallel = LAYOUTS["tp2sp"]
+    comparison = world.run(compare_with, "counted by all", 3, parallel, references[3], ranks=ranks)[0]
+    text, image = comparison.steps[0], comparison.steps[STEP_NAMES.index("image")]
+    assert max(text.gradients.values()) <= TOLERANCE < min(text.grad_norms["decoder"], text.grad_norm)
+    assert image.grad_norms["siglip"] == pytest.approx(2**0.5 - 1, abs=0.01)
 
 
 def test_overlapped_reduction_needs_the_zero_gradients(world: World, references: dict[int, str]) -> None:

@@ -17,7 +17,8 @@ from megavl.data.microbatch import IGNORE, MicroBatch, StepBatch
 from megavl.model.shards import full_parameters
 from megavl.model.vision.tower import VisionTowers
 from megavl.parallel.gradients import replicas_differ, unwrap
-from megavl.training.step import StepResult, forward_only, train_step
+from megavl.training.reference_steps import PARITY_OPTIM
+from megavl.training.step import StepResult, forward_only, skip_reason, train_step
 from megavl.training.synthetic_batches import Case, global_batch, share
 
 
@@ -40,16 +41,22 @@ def test_every_rank_reports_the_totals_of_the_global_batch(world: World, layout:
         assert result.images == sum(b.num_images for b in batch)
         assert result.tokens == sum(b.tokens.numel() for b in batch)
         assert result.loss == pytest.approx(sum(result.loss_sums.values()) / result.supervised_tokens)
+        assert result.grad_norms.keys() == {"sam_adaptor", "siglip", "aligner", "decoder"}  # what stage 3 trains
         assert result.skipped == ""
 
 
-def spoil_and_recover(parallel: ParallelConfig, spoiled_rank: int, value: float) -> tuple[str, list[str], str]:
+def spoil_and_recover(
+    parallel: ParallelConfig, spoiled_rank: int, value: float, *, only_siglip: bool = False
+) -> tuple[str, list[str], str]:
     """A step in which one rank computes `value`, then a sound one: (reason, parameters that moved, second reason)."""
     trainer = Trainer(parallel)
     trainer.step("image")
     before = trainer.parameters()
     handles = []
-    if trainer.groups.rank == spoiled_rank:
+    if trainer.groups.rank == spoiled_rank and only_siglip:
+        weight = trainer.stages[0].first_stage.towers.siglip.blocks[0].attn.qkv.weight
+        handles.append(weight.register_hook(lambda gradient: gradient * value))
+    elif trainer.groups.rank == spoiled_rank:
         decoder = trainer.stages[0].decoder
         handles.append(decoder.layers[0].register_forward_hook(lambda *a: (a[2][0] * value, *a[2][1:])))
     bad = trainer.step("image")
@@ -67,9 +74,42 @@ def test_a_value_that_is_not_finite_on_one_rank_skips_the_update_on_all(
 ) -> None:
     ranks, parallel = LAYOUTS[layout]
     for reason, moved, second in world.run(spoil_and_recover, parallel, 1, value, ranks=ranks):
-        assert "nan" in reason
+        assert reason == "the loss is nan (not finite: the gradient of sam_adaptor, siglip, aligner, decoder)"
         assert moved == []
         assert second == ""
+
+
+def spoil_siglip(parallel: ParallelConfig) -> tuple[str, list[str], str]:
+    """As above, where the gradient of one weight of SigLIP overflows on one rank."""
+    return spoil_and_recover(parallel, 1, math.inf, only_siglip=True)
+
+
+@pytest.mark.parametrize("layout", ["tp2pp2sp", "dp2 distributed overlap"])
+def test_the_reason_names_the_component_whose_gradient_is_not_finite(world: World, layout: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    for reason, moved, second in world.run(spoil_siglip, parallel, ranks=ranks):
+        assert reason in [f"the gradient norm is {x} (not finite: the gradient of siglip)" for x in ("inf", "nan")]
+        assert moved == []
+        assert second == ""
+
+
+@pytest.mark.parametrize(
+    ("labels", "loss", "norms", "sentence"),
+    [
+        (0, math.nan, {"decoder": 0.0}, "no token of the global batch has a label"),
+        (9, math.inf, {"siglip": 1.0, "decoder": 2.0}, "the loss is inf"),
+        (9, math.nan, {"siglip": 1.0, "decoder": math.nan}, "the loss is nan (not finite: the gradient of decoder)"),
+        (
+            9,
+            2.5,
+            {"siglip": math.inf, "aligner": math.nan, "decoder": 2.0},
+            "the gradient norm is inf (not finite: the gradient of siglip, aligner)",
+        ),
+    ],
+    ids=["no labels", "loss", "both", "gradient"],
+)
+def test_the_reason_in_words(labels: int, loss: float, norms: dict[str, float], sentence: str) -> None:
+    assert skip_reason(labels, loss, math.hypot(*norms.values()), norms) == sentence
 
 
 def step_without_labels(parallel: ParallelConfig) -> tuple[StepResult, bool]:
@@ -207,18 +247,22 @@ def test_it_does_not_matter_how_the_global_batch_is_cut(world: World, case: Case
                 assert (gradient - whole[2][name]).abs().max().item() <= TOLERANCE * size, (name, rows, ranks)
 
 
-def twenty_steps(parallel: ParallelConfig) -> tuple[list[float], list[float], list[str]]:
-    """Losses, gradient norms and drifted copies of 20 bf16 steps."""
+def twenty_steps(parallel: ParallelConfig) -> tuple[list[float], list[float], list[float], list[str]]:
+    """Losses, gradient norms, megatron-core's norms of the clipped gradients, drifted copies of 20 bf16 steps."""
     trainer = Trainer(parallel, dtype=torch.bfloat16)
-    results = [trainer.step(("image", "mixed", "text", "packed")[n % 4], micro_batches=4) for n in range(20)]
+    results, clipped = [], []
+    for n in range(20):
+        results.append(trainer.step(("image", "mixed", "text", "packed")[n % 4], micro_batches=4))
+        clipped.append(float(trainer.optimizer.get_grad_norm()))
     drifted = replicas_differ(unwrap(trainer.chunks), trainer.groups.pg.tp)
-    return [r.loss for r in results], [r.grad_norm for r in results], drifted
+    return [r.loss for r in results], [r.grad_norm for r in results], clipped, drifted
 
 
 @pytest.mark.parametrize("layout", ["tp2pp2sp", "tp2dp2sp distributed overlap"])
 def test_twenty_bf16_steps_learn_stay_finite_and_keep_copies_equal(world: World, layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
-    for losses, norms, drifted in world.run(twenty_steps, parallel, ranks=ranks):
+    for losses, norms, clipped, drifted in world.run(twenty_steps, parallel, ranks=ranks):
         assert all(map(math.isfinite, losses + norms))
+        assert clipped == pytest.approx([min(norm, PARITY_OPTIM.clip) for norm in norms], rel=1e-4)
         assert sum(losses[-4:]) < sum(losses[:4])
         assert drifted == []

@@ -24,6 +24,7 @@ def record(step: int, **changes: Any) -> StepRecord:
         "images": 0,
         "images_spread": 0,
         "grad_norm": 1.5,
+        "grad_norms": {"siglip": 0.9, "decoder": 1.2},
         "lr": 1e-3,
         "step_time_s": 0.5,
         "data_wait_s": 0.01,
@@ -125,6 +126,7 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.value for event in events.Scalars("train/loss")] == [2.5, 2.0]
+    assert [event.value for event in events.Scalars("grad_norm/siglip")] == pytest.approx([0.9, 0.9])
     assert "speed/mfu" not in events.Tags()["scalars"]
     assert [event.value for event in events.Scalars("parts/backward_s")] == pytest.approx([0.2, 0.2])
     assert [event.value for event in events.Scalars("bubble/pipeline_rank_1")] == [0.25, 0.25]
