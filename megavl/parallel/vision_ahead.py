@@ -203,6 +203,8 @@ def make_ahead_encoder(
         if "siglip" not in frozen:
             del towers.siglip  # trained on the first stage only
         towers = towers.to(stages[0].config.params_dtype).to_empty(device=groups.device).requires_grad_(False)
+        if parallel.compile_vision:  # those of the first stage are compiled already
+            towers.compile_frozen()
     for name, parameter in towers.named_parameters():
         if Stage.component_of(f"first_stage.towers.{name}") in frozen and groups.pipeline_size > 1:
             dist.broadcast(parameter.data, group_src=0, group=groups.pg.pp)

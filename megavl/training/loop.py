@@ -21,7 +21,7 @@ from megavl.parallel.groups import Groups
 from megavl.parallel.vision_ahead import AheadEncoder
 from megavl.training.freeze import trained_components
 from megavl.training.metrics import Metrics, StepRecord
-from megavl.training.rank_report import StepTotals, exchange, own_failures, report
+from megavl.training.rank_report import StepTotals, exchange, report
 from megavl.training.schedule import learning_rate
 from megavl.training.step import StepResult, train_step
 from megavl.training.step_clock import StepClock
@@ -260,9 +260,8 @@ def _modality(batch: StepBatch, recipe: Recipe) -> Modality | None:
 
 def _tell_failed(run: Run, batch: StepBatch) -> None:
     """Name the samples of this step that could not be decoded, on the rank that writes the log."""
-    mine = own_failures(batch, run.groups)
     everyone: list[Any] = [None] * run.groups.world_size
-    dist.all_gather_object(everyone, mine, group=run.groups.gloo_world)
+    dist.all_gather_object(everyone, batch.failed, group=run.groups.gloo_world)
     if run.metrics is not None:
         for sentence in (sentence for of_rank in everyone for sentence in of_rank):
             run.metrics.note(f"step {batch.step + 1}: {sentence}; the background colour takes its place")
