@@ -4,11 +4,11 @@ r"""Step time of each vision placement under several layouts, on made-up images,
     torchrun ... tools/bench_vision_placement.py --towers 2 --stage 3          # twice the tower blocks; SigLIP trained
 
 The model is of CPU size, with both towers. `split_model` encodes the images of a step at the tail of the one before, as
-training does; `split_model late` when the step itself begins. A row gives the median step, the fastest, and the processor time of the
-busiest rank, which is what a step would take with a processor per rank and no waiting; then the gain over `replicate`
-in both. Steps go round over the placements, so that another load on the machine meets all of them. `towers` is
-the time in the towers' forward pass over the step on the first rank under `replicate`: with a share s of the step, no
-placement over n ranks can gain more than 1 / (1 - s * (1 - 1/n)).
+training does; `split_model late` when the step itself begins. A row gives the median step, the fastest, and the
+processor time of the busiest rank, which is what a step would take with a processor per rank and no waiting; then the
+gain over `replicate` in both. Steps go round over the placements, so that another load on the machine meets all of
+them. `towers` is the time in the towers' forward pass over the step on the first rank under `replicate`: with a share s
+of the step, no placement over n ranks can gain more than 1 / (1 - s * (1 - 1/n)).
 """
 
 import argparse
