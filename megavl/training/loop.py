@@ -131,7 +131,7 @@ class _Reader:
         return batch, self._upcoming
 
 
-def _one_step(run: Run, reader: "_Reader", step: int, guard: "_Guard", costs: _Costs, *, save: bool) -> StepTotals:
+def _one_step(run: Run, reader: _Reader, step: int, guard: "_Guard", costs: _Costs, *, save: bool) -> StepTotals:
     """Read, compute, update, report."""
     recipe, began = run.recipe, time.monotonic()
     batch, upcoming = reader.read()
