@@ -27,7 +27,7 @@ class RankReport:
     save: float
     """1 if this rank's clock says that it is time to save (rank 0 decides)."""
     data_wait_s: float
-    """Seconds this rank waited for its batch."""
+    """Seconds this rank waited for its batch, or for that of the next step where images are begun early."""
     counts: float
     """1 if the following count, 0 if another rank of the same data-parallel copy reports them."""
     failed: float
