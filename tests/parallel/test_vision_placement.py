@@ -19,6 +19,8 @@ from megavl.config import ParallelConfig, VisionPlacement
 from megavl.data.microbatch import MicroBatch, StepBatch
 from megavl.model.build import build_stages
 from megavl.model.vision.sam import SamTower
+from megavl.model.vision.siglip import SiglipTower
+from megavl.model.vision.tower import VisionTowers
 from megavl.parallel.gradients import wrap_stages
 from megavl.parallel.groups import Groups, destroy_groups, init_groups
 from megavl.parallel.random_state import seed_everything
@@ -224,3 +226,25 @@ def incomplete_step() -> list[Any]:
 
 def test_a_part_of_a_step_is_refused(world: World) -> None:
     world.run(incomplete_step, ranks=1)
+
+
+def compiled() -> int:
+    """Blocks that an encoder has had compiled, by a compiler that does nothing."""
+    parallel = ParallelConfig(device="cpu", pipeline=2, vision="split_model", compile_vision=True)
+    groups, blocks = init_groups(parallel), 0
+
+    def compile_frozen(self: VisionTowers) -> None:
+        nonlocal blocks
+        blocks += sum(len(tower.blocks) for tower in self.children() if isinstance(tower, SamTower | SiglipTower))
+
+    stages = build_stages(MODEL, parallel, dtype=torch.float32, seed=1, pg=groups.pg, device=groups.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VisionTowers, "compile_frozen", compile_frozen)
+        make_ahead_encoder(stages, MODEL, parallel, groups, frozen=frozen_components(3))
+    return blocks
+
+
+def test_copies_of_towers_are_compiled(world: World) -> None:
+    """Those of later ranks, in stage 3 SAM's alone; `compile_frozen_towers` has seen to the first rank's own."""
+    assert MODEL.sam is not None
+    assert world.run(compiled, ranks=2) == [0, MODEL.sam.layers]
