@@ -140,11 +140,13 @@ class ParallelConfig:
     vision: VisionPlacement = "replicate"
     """Who encodes the images: `replicate` = every tensor rank of stage 0 encodes every image (report section 3.3);
     `split_tensor` = the tensor ranks of stage 0 share them; `split_model` = what is frozen of the towers runs on all
-    tensor and pipeline ranks before the pipeline's schedule, the rest as in `split_tensor`."""
+    tensor and pipeline ranks before the pipeline's schedule, from the tail of the step before on; the rest as in
+    `split_tensor`."""
     vision_batch: int = 8
     """Images in one pass of the frozen towers under `split_model`."""
     vision_ahead_mib: int = 4096
-    """Most MiB of their features that a rank holds under `split_model`; images beyond that are as in `split_tensor`."""
+    """Most MiB of their features, of a step and the next, that a rank holds under `split_model`; images beyond that are
+    as in `split_tensor`."""
     vision_cache: str = ""
     """Folder, best on a local disk, that keeps features of frozen towers under `split_model`; empty: none."""
     vision_cache_gib: float = 64.0

@@ -33,7 +33,7 @@ from megavl.parallel.groups import Groups, destroy_groups, init_groups
 from megavl.parallel.random_state import seed_everything
 from megavl.parallel.validate import check_layout
 from megavl.parallel.vision_ahead import AheadEncoder, make_ahead_encoder
-from megavl.parallel.vision_placement import pixel_share
+from megavl.parallel.vision_placement import pixel_rule
 from megavl.planning.from_recipe import resolve_layout
 from megavl.planning.preflight import dry_run
 from megavl.planning.report import plan_lines
@@ -99,7 +99,13 @@ def train(recipe: Recipe, stop: StopRequest) -> None:
         tokenizer,
         dp_rank=groups.data_rank,
         dp_size=groups.data_size,
-        pixels=pixel_share(recipe.parallel, groups),
+        pixels=pixel_rule(
+            recipe.model,
+            recipe.parallel,
+            groups,
+            frozen=frozen_components(recipe.stage.number),
+            dtype=DTYPES[recipe.stage.dtype],
+        ),
         last_stage=groups.is_last_stage,
         length_multiple=length_multiple(recipe),
         equal_lengths=groups.pipeline_size > 1,

@@ -3,11 +3,12 @@ r"""Step time of each vision placement under several layouts, on made-up images,
     torchrun --nproc-per-node 4 tools/bench_vision_placement.py --layouts tp4,tp2pp2,pp4
     torchrun ... tools/bench_vision_placement.py --towers 2 --stage 3          # twice the tower blocks; SigLIP trained
 
-The model is of CPU size, with both towers. A row gives the median step, the fastest, and the processor time of the
-busiest rank, which is what a step would take with a processor per rank and no waiting; then the gain over `replicate`
-in both. Steps go round over the placements, so that another load on the machine meets all of them. `towers` is
-the time in the towers' forward pass over the step on the first rank under `replicate`: with a share s of the step, no
-placement over n ranks can gain more than 1 / (1 - s * (1 - 1/n)).
+The model is of CPU size, with both towers. `split_model` encodes the images of a step at the tail of the one before, as
+training does; `split_model late` when the step itself begins. A row gives the median step, the fastest, and the
+processor time of the busiest rank, which is what a step would take with a processor per rank and no waiting; then the
+gain over `replicate` in both. Steps go round over the placements, so that another load on the machine meets all of
+them. `towers` is the time in the towers' forward pass over the step on the first rank under `replicate`: with a share s
+of the step, no placement over n ranks can gain more than 1 / (1 - s * (1 - 1/n)).
 """
 
 import argparse
@@ -38,7 +39,13 @@ LAYOUTS = {
     "tp2pp2": ParallelConfig(tensor=2, sequence=True, pipeline=2),
     "pp4": ParallelConfig(pipeline=4),
 }
-PLACEMENTS: tuple[VisionPlacement, ...] = ("replicate", "split_tensor", "split_model")
+PLACEMENTS: dict[str, VisionPlacement] = {
+    "replicate": "replicate",
+    "split_tensor": "split_tensor",
+    "split_model": "split_model",
+    "split_model late": "split_model",
+}
+"""Row -> `parallel.vision`."""
 TOKENS = 512
 
 
@@ -101,22 +108,28 @@ def cpu_model(towers: int) -> ModelConfig:
 
 def measure(
     model: ModelConfig, layout: ParallelConfig, groups: Groups, stage: int, steps: int
-) -> dict[VisionPlacement, list[Timed]]:
+) -> dict[str, list[Timed]]:
     """Steps of every placement in turn, after one of each that is not counted; all ranks must call it."""
     seed_everything(1, groups)
-    turns = {vision: make_turn(model, replace(layout, vision=vision), groups, stage) for vision in PLACEMENTS}
+    turns = {
+        name: make_turn(model, replace(layout, vision=vision), groups, stage, early=not name.endswith("late"))
+        for name, vision in PLACEMENTS.items()
+    }
     for turn in turns.values():
         turn()
-    rows: dict[VisionPlacement, list[Timed]] = {vision: [] for vision in PLACEMENTS}
+    rows: dict[str, list[Timed]] = {name: [] for name in PLACEMENTS}
+    order = list(PLACEMENTS)
     for number in range(steps):
-        first = number % len(PLACEMENTS)  # nobody always comes first
-        for vision in PLACEMENTS[first:] + PLACEMENTS[:first]:
-            rows[vision].append(turns[vision]())
+        first = number % len(order)  # nobody always comes first
+        for name in order[first:] + order[:first]:
+            rows[name].append(turns[name]())
     return rows
 
 
-def make_turn(model: ModelConfig, parallel: ParallelConfig, groups: Groups, stage: int) -> Callable[[], Timed]:
-    """A function that runs and times one step of a placement."""
+def make_turn(
+    model: ModelConfig, parallel: ParallelConfig, groups: Groups, stage: int, *, early: bool
+) -> Callable[[], Timed]:
+    """A function that runs and times one step of a placement; `early`: with the images of the next, the same ones."""
     stages = build_stages(model, parallel, dtype=torch.float32, seed=1, pg=groups.pg, device=groups.device)
     apply_freeze(stages, stage)
     chunks = wrap_stages(stages, parallel, groups)
@@ -137,7 +150,7 @@ def make_turn(model: ModelConfig, parallel: ParallelConfig, groups: Groups, stag
         clock.total = 0.0
         dist.barrier(group=groups.gloo_world)
         wall, computed = time.perf_counter(), time.process_time()
-        train_step(chunks, optimizer, step, groups, lr=1e-4, encoder=encoder)
+        train_step(chunks, optimizer, step, groups, lr=1e-4, encoder=encoder, upcoming=step if early else None)
         wall, computed = time.perf_counter() - wall, time.process_time() - computed
         worst = torch.tensor([wall, computed, clock.total], dtype=torch.float64)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=groups.gloo_world)
@@ -161,15 +174,15 @@ class TowerClock:
         self.total += time.perf_counter() - self._began
 
 
-def table(layout: str, rows: dict[VisionPlacement, list[Timed]]) -> list[str]:
+def table(layout: str, rows: dict[str, list[Timed]]) -> list[str]:
     """A line per placement."""
     base = [statistics.median(getattr(t, what) for t in rows["replicate"]) for what in ("step", "busiest")]
     towers = statistics.median(t.towers / t.step for t in rows["replicate"])
     lines = [f"{layout}: towers {100 * towers:.0f}% of the step under replicate, {len(rows['replicate'])} steps each"]
-    for vision, timed in rows.items():
+    for name, timed in rows.items():
         step, busiest = (statistics.median(getattr(t, what) for t in timed) for what in ("step", "busiest"))
         lines.append(
-            f"  {vision:12}  step {step:6.3f} s (fastest {min(t.step for t in timed):6.3f}), {base[0] / step:4.2f}x;  "
+            f"  {name:16}  step {step:6.3f} s (fastest {min(t.step for t in timed):6.3f}), {base[0] / step:4.2f}x;  "
             f"busiest rank {busiest:6.3f} s, {base[1] / busiest:4.2f}x"
         )
     return lines

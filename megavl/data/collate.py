@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from megavl.config import Modality
-from megavl.data.microbatch import EVERY_IMAGE, IGNORE, ImageShare, MicroBatch
+from megavl.data.microbatch import EVERY_IMAGE, IGNORE, ImageShare, MicroBatch, PixelRule
 from megavl.data.mixture import RowSpec
 from megavl.data.pixels import decode_image, to_pixels
 from megavl.data.rows import Part, SampleStore, reads_as_stream
@@ -38,10 +38,8 @@ class CollateSettings:
     """RGB around an image, and in place of one that can not be decoded."""
     separate_documents: bool
     """Documents of a row are told apart; off: one causal sequence per row."""
-    load_pixels: bool
-    """Decode images; off on ranks that encode none."""
-    pixel_share: ImageShare = EVERY_IMAGE
-    """Which images."""
+    pixels: PixelRule
+    """Which images are decoded."""
 
 
 @dataclass
@@ -97,18 +95,19 @@ def build_microbatch(
         padding = padded_length - stream.length
         stream.append(_filled(padding, settings.pad_id), _filled(padding, IGNORE), _filled(0, 0))
         stream.end_document()
-    modalities = {row.modality for row in rows}
+    modalities, num_images = {row.modality for row in rows}, sum(row.num_images for row in rows)
+    share = settings.pixels.of(images_before, num_images)
     microbatch = _tensors(
         stream,
-        num_images=sum(row.num_images for row in rows),
+        num_images=num_images,
         modality=modalities.pop() if len(modalities) == 1 else None,
         sample_ids=tuple((row.source, part.sample) for row in rows for part in row.parts),
         images_before=images_before,
-        pixel_share=settings.pixel_share,
+        pixel_share=share or EVERY_IMAGE,
     )
-    if not settings.load_pixels:
+    if share is None:
         return microbatch, []
-    pixels, failed = _decode_share(rows, stores, settings, settings.pixel_share.of(microbatch))
+    pixels, failed = _decode_share(rows, stores, settings, share.of(microbatch))
     return replace(microbatch, pixels=torch.stack(pixels) if pixels else None), failed  # [i, 3, S, S]
 
 

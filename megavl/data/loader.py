@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megavl.config import Recipe, SourceConfig
 from megavl.data.collate import CollateSettings
-from megavl.data.microbatch import EVERY_IMAGE, ImageShare, StepBatch
+from megavl.data.microbatch import EVERY_PIXEL, NO_PIXELS, PixelRule, StepBatch
 from megavl.data.mixture import RowSpec, StepPlan, row_spec
 from megavl.data.order import order_key
 from megavl.data.parcel import Parcel, wrap
@@ -34,7 +34,7 @@ def make_loader(
     *,
     dp_rank: int,
     dp_size: int,
-    pixels: ImageShare | None,
+    pixels: PixelRule,
     last_stage: bool,
     length_multiple: int,
     equal_lengths: bool,
@@ -49,7 +49,7 @@ def make_loader(
         tokenizer: of the run; stores built with another are refused.
         dp_rank: index in the data-parallel group.
         dp_size: size of the data-parallel group.
-        pixels: images that this rank encodes and so decodes; None: none.
+        pixels: images that this rank decodes.
         last_stage: this rank computes the loss. Labels are small and are read everywhere.
         length_multiple: micro-batches are padded to a multiple of this many tokens.
         equal_lengths: pad all micro-batches of a step to the longest of this rank.
@@ -105,7 +105,8 @@ class _StepReader(Dataset[Any]):
         """The step's batch of this rank."""
         rows = rank_rows(self._plan, step, self._place)
         batch, failed = build_step(rows, self._stores, self._place, self._settings)
-        return replace(batch, step=step, language_rows=self._plan.language_rows(step), failed=tuple(failed))
+        answered = tuple(failed) if self._settings.pixels.answers else ()
+        return replace(batch, step=step, language_rows=self._plan.language_rows(step), failed=answered)
 
 
 def _read_ahead(reader: _StepReader, steps: range, workers: int, pin_memory: bool) -> Iterator[StepBatch]:
@@ -188,7 +189,7 @@ def validation_batches(
     ]
     # Interleaved pipelines need a multiple of the pipeline size.
     multiple = recipe.parallel.pipeline if recipe.parallel.virtual_pipeline > 1 else 1
-    settings = collate_settings(recipe, tokenizer, EVERY_IMAGE if first_stage else None)
+    settings = collate_settings(recipe, tokenizer, EVERY_PIXEL if first_stage else NO_PIXELS)
     return ValidationBatches(specs, stores, place, settings, recipe.stage.global_batch, multiple)
 
 

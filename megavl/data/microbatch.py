@@ -39,6 +39,30 @@ EVERY_IMAGE = ImageShare()
 
 
 @dataclass(frozen=True, kw_only=True)
+class PixelRule:
+    """Which images of a step a rank decodes, and whether it is the one to tell that one of them could not be."""
+
+    rest: ImageShare | None
+    """Of micro-batches with an image beyond the first `limit` of the step; None: none."""
+    ahead: ImageShare | None = None
+    """Of the others."""
+    limit: int = 0
+    """Images of the step, counted over the micro-batches of a data-parallel rank."""
+    answers: bool = True
+    """Off on a rank all of whose images are decoded by another rank of the data-parallel copy that answers for them."""
+
+    def of(self, images_before: int, images: int) -> ImageShare | None:
+        """The share to decode of a micro-batch with so many images."""
+        return self.ahead if images_before + images <= self.limit else self.rest
+
+
+EVERY_PIXEL = PixelRule(rest=EVERY_IMAGE)
+"""The rule of a rank that encodes alone."""
+NO_PIXELS = PixelRule(rest=None, answers=False)
+"""The rule of a rank without towers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """One micro-batch of one data-parallel rank."""
 
@@ -115,7 +139,7 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]
     """In order of execution; equal in t, as the pipeline's buffers need."""
     failed: tuple[str, ...] = ()
-    """One sentence per image that could not be decoded on this rank; its pixels are the background colour."""
+    """A sentence for each undecodable image that this rank answers for; its pixels are the background colour."""
 
     def pin_memory(self) -> "StepBatch":
         """A copy in pinned memory (called by torch's DataLoader)."""

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 from megavl.config import Recipe, SourceConfig
 from megavl.data.collate import CollateSettings, build_microbatch
-from megavl.data.microbatch import EVERY_IMAGE, ImageShare, StepBatch
+from megavl.data.microbatch import PixelRule, StepBatch
 from megavl.data.mixture import RowSpec, StepPlan
 from megavl.data.rows import SampleStore
 from megavl.data.store import Store
@@ -132,7 +132,7 @@ def open_stores(sources: Sequence[SourceConfig], recipe: Recipe, tokenizer: Toke
     return stores
 
 
-def collate_settings(recipe: Recipe, tokenizer: Tokenizer, pixels: ImageShare | None) -> CollateSettings:
+def collate_settings(recipe: Recipe, tokenizer: Tokenizer, pixels: PixelRule) -> CollateSettings:
     try:
         image_id = tokenizer.image_id
     except ValueError:  # a text-only tokenizer; `expand` refuses a sample with images
@@ -144,8 +144,7 @@ def collate_settings(recipe: Recipe, tokenizer: Tokenizer, pixels: ImageShare | 
         image_size=recipe.model.image_size,
         background=recipe.model.background,
         separate_documents=recipe.data.separate_documents,
-        load_pixels=pixels is not None,
-        pixel_share=pixels or EVERY_IMAGE,
+        pixels=pixels,
     )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megavl.config import ModelConfig
 from megavl.data.collate import CollateSettings, build_microbatch
-from megavl.data.microbatch import MicroBatch
+from megavl.data.microbatch import EVERY_PIXEL, NO_PIXELS, MicroBatch
 from megavl.data.mixture import RowSpec
 from megavl.data.prompt import SYSTEM_PROMPT, render_conversation, to_tokens
 from megavl.data.rows import Part
@@ -60,7 +60,7 @@ def evaluation_settings(model: ModelConfig, tokenizer: Tokenizer, load_pixels: b
         image_size=model.image_size,
         background=model.background,
         separate_documents=True,
-        load_pixels=load_pixels,
+        pixels=EVERY_PIXEL if load_pixels else NO_PIXELS,
     )
 
 

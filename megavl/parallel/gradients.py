@@ -20,7 +20,8 @@ Overlapped reduction launches a bucket when its last gradient is there, which is
 micro-batch had images and on one whose had none; nor would overlapped gathering be. So both follow a fixed order here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -138,6 +139,26 @@ def synchronise_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
     """
     start_parameter_gather(chunks)
     finish_parameter_gather(chunks)
+
+
+@contextmanager
+def before_reduction(chunks: Sequence[DistributedDataParallel], action: Callable[[], None]) -> Iterator[None]:
+    """While open, `action` is called when a step has launched this rank's last backward pass.
+
+    What follows in the step, finishing the reductions and the update, makes the host wait for the device.
+    """
+    config = chunks[0].module.config
+    finalize = config.finalize_model_grads_func
+
+    def act_and_finalize(*args: Any, **kwargs: Any) -> None:
+        action()
+        finalize(*args, **kwargs)
+
+    config.finalize_model_grads_func = act_and_finalize
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = finalize
 
 
 def zero_gradients(chunks: Sequence[DistributedDataParallel]) -> None:

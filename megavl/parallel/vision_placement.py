@@ -15,17 +15,19 @@ knows: a rank without an image of its own pads like any other and takes part, so
 Shapes: i images of a micro-batch, c the most that one tensor rank has of them, p positions per image, h hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from megavl.config import ParallelConfig
-from megavl.data.microbatch import EVERY_IMAGE, ImageShare, MicroBatch
+from megavl.config import ModelConfig, ParallelConfig
+from megavl.data.microbatch import EVERY_IMAGE, ImageShare, MicroBatch, PixelRule
 from megavl.model.stage import Stage
 from megavl.parallel.groups import Groups
+from megavl.parallel.vision_ahead import images_ahead, own_images
 
 
 class TensorGroupImages:
@@ -65,13 +67,31 @@ def place_vision(stages: Sequence[Stage], parallel: ParallelConfig, groups: Grou
             stage.first_stage.shared_images = TensorGroupImages(groups.pg.tp)
 
 
-def pixel_share(parallel: ParallelConfig, groups: Groups) -> ImageShare | None:
-    """The images of a training step that this rank needs the pixels of; None: of none."""
-    tensor, pipeline = groups.tensor_rank, groups.pipeline_rank
-    if parallel.vision == "replicate" and groups.is_first_stage:
-        return EVERY_IMAGE
-    if parallel.vision != "replicate" and groups.is_first_stage:
-        return ImageShare(every=parallel.tensor, first=tensor)
-    if parallel.vision == "split_model":
-        return ImageShare(every=parallel.tensor * parallel.pipeline, first=tensor + parallel.tensor * pipeline)
-    return None
+def pixel_rule(
+    model: ModelConfig, parallel: ParallelConfig, groups: Groups, *, frozen: Collection[str], dtype: torch.dtype
+) -> PixelRule:
+    """The images of a training step that this rank decodes; of each data-parallel copy one rank answers for each.
+
+    Under `split_model` the first stage reads the pixels of its column (as in `split_tensor`) for what runs in the
+    schedule: micro-batches beyond the limit, and all of them where a tower is trained.
+
+    Args:
+        model: sizes.
+        parallel: layout.
+        groups: this rank's groups.
+        frozen: parts of the model that the training stage does not train.
+        dtype: of the parameters.
+    """
+    first = groups.is_first_stage
+    if parallel.vision == "replicate":
+        return PixelRule(rest=EVERY_IMAGE if first else None, answers=first and groups.tensor_rank == 0)
+    column = ImageShare(every=groups.tensor_size, first=groups.tensor_rank) if first else None
+    if parallel.vision == "split_tensor":
+        return PixelRule(rest=column, answers=first)
+    trained = "siglip" not in frozen or (model.sam is not None and "sam" not in frozen)
+    return PixelRule(
+        rest=column,
+        ahead=column if first and trained else own_images(groups),
+        limit=images_ahead(model, parallel, frozen, dtype),
+        answers=first or not trained,
+    )

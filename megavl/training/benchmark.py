@@ -103,14 +103,16 @@ def measure(
     run = build_run(recipe, groups)
     seconds: list[float] = []
     said: list[tuple[StepResult, StepTotals]] = []
+    batch = recipe_batch(recipe, groups, images, micro_batches=micro_batches, step=0)
     for step in range(warm_up + steps):
-        batch = recipe_batch(recipe, groups, images, micro_batches=micro_batches, step=step)
+        upcoming = recipe_batch(recipe, groups, images, micro_batches=micro_batches, step=step + 1)
         dist.barrier(group=groups.gloo_world)
         began = perf_counter()
-        step_said = run.step(batch)
+        step_said = run.step(batch, upcoming)
         if step >= warm_up:
             seconds.append(perf_counter() - began)
             said.append(step_said)
+        batch = upcoming
     slowest = torch.tensor(seconds, dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=groups.gloo_world)
     return _row(run, said, slowest.tolist(), name=name, images=images)

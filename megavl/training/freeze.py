@@ -68,10 +68,7 @@ def trained_components(stages: Iterable[Stage]) -> set[str]:
 
 
 def compile_frozen_towers(stages: Iterable[Stage], backend: str = "inductor") -> int:
-    """Have `torch.compile` make each block of a tower that trains nothing; to be called after `apply_freeze`.
-
-    Blocks, not whole towers: those of a tower share one compilation, which is made for any number of images. Names and
-    parameters stay as they are.
+    """`VisionTowers.compile_frozen` where the towers are; to be called after `apply_freeze`.
 
     Args:
         stages: the chunks of this rank, not wrapped.
@@ -80,13 +77,4 @@ def compile_frozen_towers(stages: Iterable[Stage], backend: str = "inductor") ->
     Returns:
         Blocks that will be compiled when they first run.
     """
-    count = 0
-    for stage in stages:
-        towers = () if stage.first_stage is None else (stage.first_stage.towers.sam, stage.first_stage.towers.siglip)
-        for tower in towers:
-            blocks = [] if tower is None else list(tower.blocks)
-            if not any(p.requires_grad for block in blocks for p in block.parameters()):
-                for block in blocks:
-                    block.compile(dynamic=True, backend=backend)
-                count += len(blocks)
-    return count
+    return sum(s.first_stage.towers.compile_frozen(backend) for s in stages if s.first_stage is not None)

@@ -21,7 +21,7 @@ from megavl.parallel.groups import Groups
 from megavl.parallel.vision_ahead import AheadEncoder
 from megavl.training.freeze import trained_components
 from megavl.training.metrics import Metrics, StepRecord
-from megavl.training.rank_report import StepTotals, exchange, own_failures, report
+from megavl.training.rank_report import StepTotals, exchange, report
 from megavl.training.schedule import learning_rate
 from megavl.training.step import StepResult, train_step
 from megavl.training.step_clock import StepClock
@@ -71,6 +71,7 @@ def run_steps(run: Run, batches: Iterator[StepBatch], start: int) -> int:
     """
     recipe, steps = run.recipe, run.recipe.stage.steps
     validated, costs = _validated(run), _Costs(run)
+    reader = _Reader(batches, early=run.encoder is not None)
     guard, saved_at, clock = _Guard(recipe), start, time.monotonic()
     step = start
     stop = False
@@ -80,7 +81,7 @@ def run_steps(run: Run, batches: Iterator[StepBatch], start: int) -> int:
             costs.clock.read()  # what the measurement took is not the next step's
         late = recipe.checkpoint.every_minutes > 0 and time.monotonic() - clock > 60 * recipe.checkpoint.every_minutes
         try:
-            totals = _one_step(run, batches, step, guard, costs, save=late)
+            totals = _one_step(run, reader, step, guard, costs, save=late)
         except RunStoppedError:  # on every rank, so a checkpoint that is still being written can be completed
             run.saver.finish()
             raise
@@ -116,18 +117,39 @@ class _Costs:
         """Seconds that saving held up training since the last step."""
 
 
-def _one_step(
-    run: Run, batches: Iterator[StepBatch], step: int, guard: "_Guard", costs: _Costs, *, save: bool
-) -> StepTotals:
+class _Reader:
+    """Batches in order, and that of the next step beside each where its images are begun early."""
+
+    def __init__(self, batches: Iterator[StepBatch], *, early: bool) -> None:
+        self._batches, self._early = batches, early
+        self._upcoming: StepBatch | None = None
+
+    def read(self) -> tuple[StepBatch, StepBatch | None]:
+        """The batch of a step, and that of the next if `early` and there is one. Waits for both."""
+        batch = next(self._batches) if self._upcoming is None else self._upcoming
+        self._upcoming = next(self._batches, None) if self._early else None
+        return batch, self._upcoming
+
+
+def _one_step(run: Run, reader: _Reader, step: int, guard: "_Guard", costs: _Costs, *, save: bool) -> StepTotals:
     """Read, compute, update, report."""
     recipe, began = run.recipe, time.monotonic()
-    batch = next(batches)
+    batch, upcoming = reader.read()
     waited = time.monotonic() - began
     assert batch.step == step, f"batch of step {batch.step} in step {step}"
     optim, steps = recipe.optim, recipe.stage.steps
     lr = learning_rate(optim, steps, step)
     vision_lr = None if optim.vision_lr is None else learning_rate(optim, steps, step, optim.vision_lr)
-    result = train_step(run.chunks, run.optimizer, batch, run.groups, lr=lr, vision_lr=vision_lr, encoder=run.encoder)
+    result = train_step(
+        run.chunks,
+        run.optimizer,
+        batch,
+        run.groups,
+        lr=lr,
+        vision_lr=vision_lr,
+        encoder=run.encoder,
+        upcoming=upcoming,
+    )
     mine = report(
         batch,
         run.groups,
@@ -239,9 +261,8 @@ def _modality(batch: StepBatch, recipe: Recipe) -> Modality | None:
 
 def _tell_failed(run: Run, batch: StepBatch) -> None:
     """Name the samples of this step that could not be decoded, on the rank that writes the log."""
-    mine = own_failures(batch, run.groups)
     everyone: list[Any] = [None] * run.groups.world_size
-    dist.all_gather_object(everyone, mine, group=run.groups.gloo_world)
+    dist.all_gather_object(everyone, batch.failed, group=run.groups.gloo_world)
     if run.metrics is not None:
         for sentence in (sentence for of_rank in everyone for sentence in of_rank):
             run.metrics.note(f"step {batch.step + 1}: {sentence}; the background colour takes its place")

@@ -108,23 +108,24 @@ def run_layout(
         The comparison, the same on every rank.
     """
     run = _start(question, parallel, groups, ops, bucket_size, resume_from)
+    mine = [share(batch, groups.data_rank, groups.data_size) for batch in question.batches]
+    batches = [StepBatch(step=s, language_rows=0, micro_batches=own) for s, own in enumerate(mine)]
     differences: list[StepDifference] = []
     first = cause = ""
     for step in range(run.step, len(reference)):
         expected = reference[step]
         if save_to is not None and step == len(reference) - 1:
             CheckpointWriter(save_to, groups, 1).save(step, run.chunks, run.optimizer, {}, background=False)
-        mine = share(question.batches[step], groups.data_rank, groups.data_size)
-        batch = StepBatch(step=step, language_rows=0, micro_batches=mine)
         lr, vision_lr = question.optim.lr, question.optim.vision_lr
         result = train_step(
             run.chunks,
             run.optimizer,
-            batch,
+            batches[step],
             groups,
             lr=lr,
             vision_lr=vision_lr,
             encoder=run.encoder,
+            upcoming=batches[step + 1] if step + 1 < len(reference) else None,
             force_all_reduce=True,
         )
         # Collecting parameters early would hide what overlapped gathering does; there the last step's are compared, and

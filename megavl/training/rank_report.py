@@ -4,7 +4,7 @@ In: this rank's wishes and counts. Out: the same `StepTotals` on every rank, so 
 together.
 
 Under tensor and pipeline parallelism several ranks read the same rows; one rank of each data-parallel copy counts
-them. Images that could not be decoded are counted by the ranks that tried.
+them. Images that could not be decoded are counted by the ranks that answer for them (`PixelRule`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,11 +27,11 @@ class RankReport:
     save: float
     """1 if this rank's clock says that it is time to save (rank 0 decides)."""
     data_wait_s: float
-    """Seconds this rank waited for its batch."""
+    """Seconds this rank waited for its batch, or for that of the next step where images are begun early."""
     counts: float
     """1 if the following count, 0 if another rank of the same data-parallel copy reports them."""
     failed: float
-    """Images of this step that this rank answers for (`own_failures`) and that could not be decoded."""
+    """Images of this step that this rank answers for and that could not be decoded."""
     images: float
     """Images of this step."""
     tokens: float
@@ -99,7 +99,7 @@ def report(
         save=float(save),
         data_wait_s=data_wait_s,
         counts=float(groups.tensor_rank == 0 and groups.pipeline_rank == 0),
-        failed=float(len(own_failures(batch, groups))),
+        failed=float(len(batch.failed)),
         images=float(sum(m.num_images for m in batch.micro_batches)),
         tokens=float(sum(int(of.sum()) for of in lengths)),
         squared_lengths=float(sum(int((of * of).sum()) for of in lengths)),
@@ -108,15 +108,6 @@ def report(
         memory=memory,
         **parts,
     )
-
-
-def own_failures(batch: StepBatch, groups: Groups) -> tuple[str, ...]:
-    """Sentences about images that could not be decoded, each on one rank of a data-parallel copy.
-
-    The first stage's tensor ranks decode every image together: each its share, or each all of them.
-    """
-    shared = any(m.pixel_share.every > 1 for m in batch.micro_batches)
-    return batch.failed if groups.is_first_stage and (shared or groups.tensor_rank == 0) else ()
 
 
 def document_lengths(batch: MicroBatch) -> torch.Tensor:

@@ -21,6 +21,7 @@ from megavl.model.stage import Stage
 from megavl.ops import operator_lines
 from megavl.parallel.groups import Groups
 from megavl.parallel.stage_plan import StagePlace, stage_plan
+from megavl.parallel.vision_ahead import images_ahead
 from megavl.training.freeze import TRAINED, frozen_components
 
 
@@ -102,15 +103,26 @@ def vision_line(recipe: Recipe) -> str:
     parallel, vision = recipe.parallel, recipe.parallel.vision
     if vision == "replicate":
         return f"vision replicate: {parallel.tensor} tensor rank(s) of the first stage encode every image each"
-    line = f"vision {vision}: {parallel.tensor} tensor rank(s) of the first stage share the images"
+    line = f"vision {vision}: {parallel.tensor} tensor ranks of the first stage share the images"
+    if parallel.tensor == 1:
+        line = (
+            f"vision {vision}: the first stage has one tensor rank, which shares its images with none, as in replicate"
+        )
+    if vision == "split_tensor":
+        return line
     frozen = frozen_components(recipe.stage.number)
     ahead = {n: c for n, c in count_parameters(recipe.model).items() if c and n in frozen and n in ("sam", "siglip")}
-    if vision == "split_tensor" or not ahead:
-        return line
+    if not ahead:
+        return f"{line}; no tower is frozen, so none runs ahead of the schedule"
+    ranks = parallel.tensor * parallel.pipeline
+    who = f"all {ranks} ranks of a copy" if ranks > 1 else "the one rank of a copy"
+    limit = images_ahead(
+        recipe.model, parallel, frozen, torch.bfloat16 if recipe.stage.dtype == "bf16" else torch.float32
+    )
     cache = f", features kept in {parallel.vision_cache}" if parallel.vision_cache else ""
     return (
-        f"{line}; {' and '.join(ahead)} ({sum(ahead.values()):,} parameters) run ahead of the schedule on all "
-        f"{parallel.tensor * parallel.pipeline} ranks of a copy{cache}"
+        f"{line}; {' and '.join(ahead)} ({sum(ahead.values()):,} parameters) run ahead of the schedule on {who}, for "
+        f"up to {limit} images of a step{cache}"
     )
 
 

@@ -25,7 +25,12 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megavl.data.microbatch import IGNORE, MicroBatch, StepBatch
-from megavl.parallel.gradients import finish_parameter_gather, start_parameter_gather, zero_gradients
+from megavl.parallel.gradients import (
+    before_reduction,
+    finish_parameter_gather,
+    start_parameter_gather,
+    zero_gradients,
+)
 from megavl.parallel.groups import Groups
 from megavl.parallel.vision_ahead import AheadEncoder
 from megavl.training.optimizer import set_learning_rate, update
@@ -67,6 +72,7 @@ def train_step(
     lr: float,
     vision_lr: float | None = None,
     encoder: AheadEncoder | None = None,
+    upcoming: StepBatch | None = None,
     force_all_reduce: bool = False,
 ) -> StepResult:
     """Run one step; all ranks must call it.
@@ -81,6 +87,8 @@ def train_step(
         lr: learning rate of this update.
         vision_lr: learning rate of SigLIP; None: `lr`.
         encoder: what runs frozen towers before the schedule, from `make_ahead_encoder`.
+        upcoming: the batch of the next step, where it is known: `encoder` begins with its images at the end of this
+            step. Another batch may follow all the same.
         force_all_reduce: leave the whole gradient on every data-parallel rank, also with the distributed optimizer
             (for tests that read gradients).
 
@@ -95,7 +103,8 @@ def train_step(
     if encoder is not None:
         with timed(chunks, "vision"):
             micro_batches = encoder(micro_batches)
-    reports = _run(chunks, micro_batches, groups, _training_loss, force_all_reduce=force_all_reduce)
+    with before_reduction(chunks, partial(_begin_next, chunks, encoder, upcoming)):
+        reports = _run(chunks, micro_batches, groups, _training_loss, force_all_reduce=force_all_reduce)
     finish_parameter_gather(chunks)
     totals = _sum_over_ranks(reports, batch.micro_batches, groups)
     loss = totals["loss"] / totals["labels"] if totals["labels"] else math.nan
@@ -113,6 +122,14 @@ def train_step(
         grad_norms=grad_norms,
         skipped="" if updated else skip_reason(totals["labels"], loss, grad_norm, grad_norms),
     )
+
+
+def _begin_next(
+    chunks: Sequence[DistributedDataParallel], encoder: AheadEncoder | None, upcoming: StepBatch | None
+) -> None:
+    """Encode this rank's images of the next step."""
+    if encoder is not None and upcoming is not None:
+        encoder.begin(upcoming.micro_batches, timed(chunks, "vision", beside=True))
 
 
 @torch.no_grad()

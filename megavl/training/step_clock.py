@@ -8,7 +8,9 @@ micro-batch and a few more.
 
 Parts are exclusive: time inside an inner part does not count in the outer one. So `schedule` is what is left of the
 pipeline schedule when forward, backward and vision are taken out: waiting for neighbours, and sending. Collectives of
-the tensor group lie inside `forward` and `backward`; reduction that overlaps with the backward pass does too.
+the tensor group lie inside `forward` and `backward`; reduction that overlaps with the backward pass does too. Frozen
+towers that run ahead have a stream of their own on CUDA: their time counts as `vision` of the step in which they run,
+beside parts that run meanwhile, so that there the parts may sum up to more than the step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +23,9 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 PARTS = ("vision", "forward", "backward", "schedule", "reduction", "optimizer")
-"""`forward` and `backward` are those of micro-batches, `vision` the forward pass of towers and adaptor, `reduction` the
-end of the step's reductions of gradients, `optimizer` the gradient norm and the update."""
+"""`forward` and `backward` are those of micro-batches, `vision` the forward pass of towers and adaptor and the wait for
+features of other ranks, `reduction` the end of the step's reductions of gradients, `optimizer` the gradient norm and
+the update."""
 
 _OF_MEGATRON = {"forward-compute": "forward", "backward-compute": "backward", "forward-backward": "schedule"}
 """megatron-core's names; its others (messages between stages, parts of the reduction) are left inside the parts."""
@@ -70,8 +73,13 @@ class StepClock:
         self._closed.append((part, around, start, self._now()))
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Mark a block."""
+    def part(self, name: str, *, beside: bool = False) -> Iterator[None]:
+        """Mark a block; `beside`: on CUDA it runs on another stream than the part around, and is not inside that."""
+        if beside and self._on_cuda:
+            start = self._now()
+            yield
+            self._closed.append((name, "", start, self._now()))
+            return
         self.start(name)
         yield
         self.stop(name)
@@ -133,7 +141,9 @@ class _Mark:
             self._clock.stop(self._part)
 
 
-def timed(chunks: Sequence[DistributedDataParallel], part: str) -> AbstractContextManager[None]:
-    """Mark a block on the clock that is attached to `chunks`, if one is."""
+def timed(
+    chunks: Sequence[DistributedDataParallel], part: str, *, beside: bool = False
+) -> AbstractContextManager[None]:
+    """Mark a block on the clock that is attached to `chunks`, if one is; see `StepClock.part`."""
     clock = chunks[0].module.config.timers
-    return clock.part(part) if isinstance(clock, StepClock) else nullcontext()
+    return clock.part(part, beside=beside) if isinstance(clock, StepClock) else nullcontext()

@@ -49,10 +49,20 @@ class SyntheticRun:
     trained: set[str]
     """Components of which something is trained, on whichever rank."""
 
-    def step(self, batch: StepBatch) -> tuple[StepResult, StepTotals]:
-        """Make one step and say what it held and took; all ranks must call it. `data_wait_s` is 0."""
-        lr = self.recipe.optim.lr
-        result = train_step(self.chunks, self.optimizer, batch, self.groups, lr=lr, encoder=self.encoder)
+    def step(self, batch: StepBatch, upcoming: StepBatch | None = None) -> tuple[StepResult, StepTotals]:
+        """Make one step and say what it held and took; all ranks must call it. `data_wait_s` is 0.
+
+        `upcoming` is the batch of the next step, if one follows, as the training loop hands it on.
+        """
+        result = train_step(
+            self.chunks,
+            self.optimizer,
+            batch,
+            self.groups,
+            lr=self.recipe.optim.lr,
+            encoder=self.encoder,
+            upcoming=upcoming,
+        )
         assert not result.skipped, result.skipped
         if self.groups.device.type == "cuda":
             torch.cuda.synchronize()

@@ -6,10 +6,12 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_run import command, finish, lines, run, start
 
+from megavl.parallel.vision_ahead import AheadEncoder
 from megavl.recipe import load_recipe, load_recipe_json
 from megavl.train import main
 
@@ -151,13 +153,26 @@ def test_one_rank_fails(lonely: "subprocess.Popen[str]") -> None:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_resume_under_another_layout(recipe: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
-    """From the two-process checkpoint of step 16 to the end on one process that encodes all images itself."""
+def test_resume_under_another_layout(
+    recipe: Path, whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the two-process checkpoint of step 16 to the end on one process that encodes all images itself.
+
+    Ahead: those of the first step when it begins, of all others timed at the end of the step before, none twice.
+    """
+    begin, early = AheadEncoder.begin, []
+
+    def counted(self: AheadEncoder, batches: Any, mark: Any = None) -> None:
+        early.append(mark is not None)
+        begin(self, batches, mark)
+
+    monkeypatch.setattr(AheadEncoder, "begin", counted)
     folder = tmp_path / "moved"
     shutil.copytree(whole[0], folder)
     shutil.rmtree(folder / "checkpoints" / "step_00000024")
-    options = (*PIPELINE[4:], "--data.workers", "0", "--run_dir", str(folder))
+    options = (*PIPELINE[2:4], *PIPELINE[6:], "--data.workers", "0", "--run_dir", str(folder))
     assert main([str(recipe), *options]) == 0
+    assert early == [False, *[True] * (STEPS - 16 - 1)]
     for moved, steady in zip(lines(folder), lines(whole[0]), strict=True):
         assert moved["loss"] == pytest.approx(steady["loss"], rel=1e-5)
         assert moved["grad_norm"] == pytest.approx(steady["grad_norm"], rel=1e-4)  # eight updates later

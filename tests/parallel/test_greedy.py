@@ -11,6 +11,7 @@ from world import World
 
 from megavl.config import ParallelConfig
 from megavl.data.collate import CollateSettings
+from megavl.data.microbatch import EVERY_PIXEL, NO_PIXELS
 from megavl.generate.decoding import greedy
 from megavl.generate.parallel_logits import parallel_logits
 from megavl.generate.samples import Sample
@@ -34,7 +35,7 @@ def greedy_tokens(parallel: ParallelConfig) -> list[list[int]]:
         image_size=MODEL.image_size,
         background=MODEL.background,
         separate_documents=True,
-        load_pixels=trainer.groups.is_first_stage,
+        pixels=EVERY_PIXEL if trainer.groups.is_first_stage else NO_PIXELS,
     )
     logits = parallel_logits(trainer.chunks, parallel, trainer.groups)
     return greedy(prompts, logits, settings, end_id=-1, max_new_tokens=8)

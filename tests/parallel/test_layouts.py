@@ -5,7 +5,7 @@ that buckets of overlapped reduction and Adam's moments carry over; `megavl/trai
 is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -170,16 +170,26 @@ def compare_with(fault: str, stage: int, parallel: ParallelConfig, path: str) ->
         "doubled": (gradients, "_mark_replicated", mark_summed),
         "turned": (AheadEncoder, "_gather", gather_turned),
         "counted by all": (optimizer, "param_is_not_tensor_parallel_duplicate", lambda parameter, group: True),
+        "stale": (AheadEncoder, "_take", take_stale),
     }[fault]
     return _with(owner, name, fault_function, stage, parallel, path)
 
 
-SOUND_GATHER = AheadEncoder._gather
+SOUND_GATHER, SOUND_TAKE = AheadEncoder._gather, AheadEncoder._take
 
 
 def gather_turned(self: AheadEncoder, features: dict[str, Tensor], size: int) -> dict[str, Tensor]:
     """A planted fault: features that ran ahead come to the wrong images."""
     return {kind: of_all.flip(0) for kind, of_all in SOUND_GATHER(self, features, size).items()}
+
+
+def take_stale(self: AheadEncoder, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+    """A planted fault: the features of the first step with images are taken in all steps after it."""
+    own = SOUND_TAKE(self, micro_batches)
+    most = len(own["siglip"])
+    if most and not hasattr(self, "kept"):
+        self.kept = own  # type: ignore[attr-defined]
+    return {kind: self.kept[kind][:most] for kind in own} if most else own  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +225,14 @@ def test_the_comparison_sees_a_norm_that_counts_copies(world: World, references:
     text, image = comparison.steps[0], comparison.steps[STEP_NAMES.index("image")]
     assert max(text.gradients.values()) <= TOLERANCE < min(text.grad_norms["decoder"], text.grad_norm)
     assert image.grad_norms["siglip"] == pytest.approx(2**0.5 - 1, abs=0.01)
+
+
+def test_the_comparison_sees_features_of_an_earlier_step(world: World, references: dict[int, str]) -> None:
+    ranks, parallel = VISION_LAYOUTS["pp2 split_model"]
+    steps = world.run(compare_with, "stale", 2, parallel, references[2], ranks=ranks)[0].steps
+    at = STEP_NAMES.index("image")
+    assert max(step.worst() for step in steps[: at + 1]) <= TOLERANCE
+    assert steps[at + 1].loss > 1e-4
 
 
 def test_overlapped_reduction_needs_the_zero_gradients(world: World, references: dict[int, str]) -> None:

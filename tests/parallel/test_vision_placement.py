@@ -19,6 +19,8 @@ from megavl.config import ParallelConfig, VisionPlacement
 from megavl.data.microbatch import MicroBatch, StepBatch
 from megavl.model.build import build_stages
 from megavl.model.vision.sam import SamTower
+from megavl.model.vision.siglip import SiglipTower
+from megavl.model.vision.tower import VisionTowers
 from megavl.parallel.gradients import wrap_stages
 from megavl.parallel.groups import Groups, destroy_groups, init_groups
 from megavl.parallel.random_state import seed_everything
@@ -59,9 +61,16 @@ def many_images() -> tuple[MicroBatch, ...]:
 
 
 def measure(
-    parallel: ParallelConfig, batches: Sequence[tuple[MicroBatch, ...]], stage: int = 2, limit: int | None = None
+    parallel: ParallelConfig,
+    batches: Sequence[tuple[MicroBatch, ...]],
+    stage: int = 2,
+    limit: int | None = None,
+    ahead: int = 0,
 ) -> list[Measured]:
-    """A step of each batch, from weights of which some frozen ones were changed after they were made."""
+    """A step of each batch, from weights of which some frozen ones were changed after they were made.
+
+    With `ahead` = 1 each step is told which comes next, with 2 of the one after; then there is an evaluation between.
+    """
     groups = init_groups(parallel)
     seed_everything(1, groups)
     stages = build_stages(MODEL, parallel, dtype=torch.float32, seed=1, pg=groups.pg, device=groups.device)
@@ -74,10 +83,13 @@ def measure(
     if encoder is not None and limit is not None:
         encoder.limit = limit
     measured = []
-    for batch in batches:
+    steps = [StepBatch(step=s, language_rows=0, micro_batches=batch) for s, batch in enumerate(batches)]
+    for index, step in enumerate(steps):
+        told = steps[index + ahead] if ahead and index + ahead < len(steps) else None
         with images_through_sam() as counts:
-            step = StepBatch(step=0, language_rows=0, micro_batches=batch)
-            result = train_step(chunks, optimizer, step, groups, lr=1e-3, encoder=encoder)
+            result = train_step(chunks, optimizer, step, groups, lr=1e-3, encoder=encoder, upcoming=told)
+        if ahead:
+            forward_only(chunks, batches[0], groups)
         hits = encoder.cache.hits if encoder is not None and encoder.cache is not None else 0
         measured.append(Measured(loss=result.loss, grad_norm=result.grad_norm, encoded=sum(counts), hits=hits))
     forward_only(chunks, batches[0], groups)
@@ -102,10 +114,17 @@ def images_through_sam() -> Iterator[list[int]]:
         SamTower.trunk = trunk  # type: ignore[method-assign]
 
 
+def no_images() -> tuple[MicroBatch, ...]:
+    """Four micro-batches of text."""
+    return share(global_batch(MODEL, "text", micro_batches=4), 0, 1)
+
+
 def lonely_images() -> dict[str, list[Measured]]:
-    """Steps with one image, in the first, an inner and the last micro-batch, then a step with many."""
-    batches = [one_image(0), one_image(2), one_image(3), many_images()]
-    return {vision: measure(replace(MODEL_PARALLEL, vision=vision), batches) for vision in PLACEMENTS}
+    """Steps with one image, in the first, an inner and the last micro-batch, then none, then many."""
+    batches = [one_image(0), one_image(2), one_image(3), no_images(), many_images()]
+    found = {vision: measure(replace(MODEL_PARALLEL, vision=vision), batches) for vision in PLACEMENTS}
+    parallel = replace(MODEL_PARALLEL, vision="split_model")
+    return found | {"next": measure(parallel, batches, ahead=1), "other": measure(parallel, batches, ahead=2)}
 
 
 def test_each_placement_computes_its_share_and_the_same_step(world: World) -> None:
@@ -117,12 +136,25 @@ def test_each_placement_computes_its_share_and_the_same_step(world: World) -> No
                 assert rank[vision][step].loss == pytest.approx(expected.loss, rel=2e-6)
                 assert rank[vision][step].grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
     encoded = {v: [[m.encoded for m in rank[v]] for rank in ranks] for v in PLACEMENTS}  # ranks: tensor, then pipeline
-    assert encoded["replicate"] == [[1, 1, 1, images]] * 2 + [[0] * 4] * 2
+    assert encoded["replicate"] == [[1, 1, 1, 0, images]] * 2 + [[0] * 5] * 2
     for vision, sharing in (("split_tensor", 2), ("split_model", 4)):
-        last = [of_rank[3] for of_rank in encoded[vision]]
-        assert [sum(step) for step in zip(*encoded[vision], strict=True)] == [1, 1, 1, images]
+        last = [of_rank[4] for of_rank in encoded[vision]]
+        assert [sum(step) for step in zip(*encoded[vision], strict=True)] == [1, 1, 1, 0, images]
         assert max(last[:sharing]) - min(last[:sharing]) <= 1
         assert last[sharing:] == [0] * (4 - sharing)
+    check_early_starts(ranks, images)
+
+
+def check_early_starts(ranks: list[dict[str, list[Measured]]], images: int) -> None:
+    """What was begun a step early is bit for bit what a step makes for itself, and used for that step alone."""
+    encoded = {}
+    for told in ("next", "other"):
+        for rank in ranks:
+            for step, late in zip(rank[told], rank["split_model"], strict=True):
+                assert (step.loss, step.grad_norm) == (late.loss, late.grad_norm)
+        encoded[told] = [sum(rank[told][step].encoded for rank in ranks) for step in range(5)]
+    assert encoded["next"] == [2, 1, 0, images, 0]
+    assert encoded["other"] == [2, 1, 1 + images, 0, images]
 
 
 def budgets() -> list[list[Measured]]:
@@ -194,3 +226,25 @@ def incomplete_step() -> list[Any]:
 
 def test_a_part_of_a_step_is_refused(world: World) -> None:
     world.run(incomplete_step, ranks=1)
+
+
+def compiled() -> int:
+    """Blocks that an encoder has had compiled, by a compiler that does nothing."""
+    parallel = ParallelConfig(device="cpu", pipeline=2, vision="split_model", compile_vision=True)
+    groups, blocks = init_groups(parallel), 0
+
+    def compile_frozen(self: VisionTowers) -> None:
+        nonlocal blocks
+        blocks += sum(len(tower.blocks) for tower in self.children() if isinstance(tower, SamTower | SiglipTower))
+
+    stages = build_stages(MODEL, parallel, dtype=torch.float32, seed=1, pg=groups.pg, device=groups.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VisionTowers, "compile_frozen", compile_frozen)
+        make_ahead_encoder(stages, MODEL, parallel, groups, frozen=frozen_components(3))
+    return blocks
+
+
+def test_copies_of_towers_are_compiled(world: World) -> None:
+    """Those of later ranks, in stage 3 SAM's alone; `compile_frozen_towers` has seen to the first rank's own."""
+    assert MODEL.sam is not None
+    assert world.run(compiled, ranks=2) == [0, MODEL.sam.layers]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from megavl.data.collate import CollateSettings
-from megavl.data.microbatch import IGNORE, MicroBatch
+from megavl.data.microbatch import EVERY_PIXEL, IGNORE, MicroBatch
 from megavl.data.tokenizer import IMAGE_NAME, Tokenizer
 from megavl.evaluate.choices import ChoiceQuestion
 
@@ -44,7 +44,7 @@ def make_settings(tokenizer) -> CollateSettings:
         image_size=8,
         background=(127, 127, 127),
         separate_documents=True,
-        load_pixels=True,
+        pixels=EVERY_PIXEL,
     )
 
 

@@ -18,7 +18,7 @@ import megavl.data.collate
 import megavl.data.rank_batch
 from megavl.config import ParallelConfig, Recipe, SourceConfig
 from megavl.data.loader import make_loader, validation_batches
-from megavl.data.microbatch import EVERY_IMAGE, IGNORE, ImageShare, StepBatch
+from megavl.data.microbatch import EVERY_IMAGE, EVERY_PIXEL, IGNORE, NO_PIXELS, ImageShare, PixelRule, StepBatch
 from megavl.data.store import Store
 
 COUNT = 60
@@ -44,7 +44,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SourceConfig]
 
 
 def load(recipe: Recipe, rank: int = 0, size: int = 1, **fields: Any) -> list[StepBatch]:
-    places: dict[str, Any] = {"pixels": EVERY_IMAGE, "length_multiple": 1, "equal_lengths": False, "start": 0}
+    places: dict[str, Any] = {"pixels": EVERY_PIXEL, "length_multiple": 1, "equal_lengths": False, "start": 0}
     return list(make_loader(recipe, TOKENIZER, dp_rank=rank, dp_size=size, last_stage=True, **{**places, **fields}))
 
 
@@ -90,13 +90,13 @@ def test_an_epoch_is_read_once_across_resumes_that_change_the_data_parallel_size
     recipe = make_recipe((sources["pictures"],), packing=packing, seq_length=80, global_batch=4, steps=40)
     read = Counter({("pictures", sample): 0 for sample in range(COUNT)})
     for size, start, stop in ((2, 0, 2), (1, 2, 5), (4, 5, 40)):
-        ranks = [load(recipe, rank, size, start=start, stop=stop, pixels=None) for rank in range(size)]
+        ranks = [load(recipe, rank, size, start=start, stop=stop, pixels=NO_PIXELS) for rank in range(size)]
         for batches in zip(*ranks, strict=True):
             assert len({b.step for b in batches}) == 1
             read.update(samples_of(list(batches)))
             assert max(read.values()) - min(read.values()) <= 1  # none a second time before all a first time
     assert min(read.values()) >= 2
-    uninterrupted = load(recipe, pixels=None)
+    uninterrupted = load(recipe, pixels=NO_PIXELS)
     assert read == Counter(samples_of(uninterrupted))
 
 
@@ -120,10 +120,10 @@ def test_each_rank_opens_its_share_of_the_images(
         assert len(opened) == expected == sum(m.num_images for b in batches for m in b.micro_batches)
         total += expected
     opened.clear()
-    load(recipe, 1, 2, pixels=None)
+    load(recipe, 1, 2, pixels=NO_PIXELS)
     assert not opened
     for first in range(3):
-        load(recipe, pixels=ImageShare(every=3, first=first))
+        load(recipe, pixels=PixelRule(rest=ImageShare(every=3, first=first)))
     assert len(opened) == total
     opened.clear()
     load(recipe)
@@ -145,7 +145,7 @@ def test_images_are_those_of_the_samples_they_come_with(sources: dict[str, Sourc
 
 def test_a_share_of_the_images_is_every_so_manieth_of_the_step(sources: dict[str, SourceConfig]) -> None:
     recipe = make_recipe((sources["pictures"],), packing=True, seq_length=80, steps=5)
-    shares = [load(recipe, pixels=ImageShare(every=3, first=first)) for first in range(3)]
+    shares = [load(recipe, pixels=PixelRule(rest=ImageShare(every=3, first=first))) for first in range(3)]
     for whole, *parts in zip(load(recipe), *shares, strict=True):
         count = 0
         for m, *thirds in zip(whole.micro_batches, *(p.micro_batches for p in parts), strict=True):
@@ -160,10 +160,26 @@ def test_a_share_of_the_images_is_every_so_manieth_of_the_step(sources: dict[str
                 thirds[0].pixels_of(EVERY_IMAGE)
 
 
+def test_another_share_of_the_first_images_of_a_step(sources: dict[str, SourceConfig]) -> None:
+    recipe = make_recipe((sources["pictures"],), packing=True, seq_length=80, steps=5)
+    ahead, rest, limit = ImageShare(every=4, first=2), ImageShare(every=2, first=0), 5
+    found = []
+    for whole, part in zip(
+        load(recipe), load(recipe, pixels=PixelRule(rest=rest, ahead=ahead, limit=limit)), strict=True
+    ):
+        for all_of, some in zip(whole.micro_batches, part.micro_batches, strict=True):
+            share = ahead if some.images_before + some.num_images <= limit else rest
+            assert some.pixel_share == share
+            wanted = [all_of.pixels[i] for i in share.of(all_of)] if all_of.pixels is not None else []
+            assert torch.equal(torch.stack(wanted), some.pixels) if wanted else some.pixels is None
+            found.append(share)
+    assert {ahead, rest} == set(found)
+
+
 def test_images_are_dealt_evenly(sources: dict[str, SourceConfig]) -> None:
     """Against the rule of turns; rows have 0 to 3 images, so one image is the best that can be hoped for."""
     recipe = make_recipe((sources["pictures"],), global_batch=12, micro_batch=2, seq_length=80, steps=5)
-    ranks = [load(recipe, rank, 3, pixels=None) for rank in range(3)]
+    ranks = [load(recipe, rank, 3, pixels=NO_PIXELS) for rank in range(3)]
     for batches in zip(*ranks, strict=True):
         counts = [[m.num_images for m in b.micro_batches] for b in batches]
         assert max(sum(c) for c in counts) - min(sum(c) for c in counts) <= 1
@@ -208,7 +224,8 @@ def test_a_damaged_image_is_named_and_the_run_goes_on(sources: dict[str, SourceC
     assert len(failed) == seen >= 1
     assert f"source damaged, sample {BAD}, image 0" in failed[0]
     assert "\n" not in failed[0]
-    assert not any(b.failed for b in load(recipe, pixels=None))
+    for rule in (NO_PIXELS, PixelRule(rest=EVERY_IMAGE, answers=False)):
+        assert not any(b.failed for b in load(recipe, pixels=rule))
 
 
 def broken_collation(*_: Any) -> Any:
@@ -258,7 +275,7 @@ def test_steps_are_read_ahead_while_the_model_computes(
     monkeypatch.setattr(megavl.data.rank_batch, "build_microbatch", logged)
     recipe = make_recipe((sources["pictures"],), workers=2, seq_length=80, global_batch=1, steps=10)
     loader = make_loader(
-        recipe, TOKENIZER, dp_rank=0, dp_size=1, pixels=EVERY_IMAGE, last_stage=True, length_multiple=1,
+        recipe, TOKENIZER, dp_rank=0, dp_size=1, pixels=EVERY_PIXEL, last_stage=True, length_multiple=1,
         equal_lengths=False, start=0,
     )  # fmt: skip
     assert next(loader).step == 0
@@ -276,7 +293,7 @@ def test_signals_to_the_group_of_the_training_process_miss_the_loader_processes(
     before = multiprocessing.active_children()
     recipe = make_recipe((sources["pictures"],), workers=2, seq_length=80)
     loader = make_loader(
-        recipe, TOKENIZER, dp_rank=0, dp_size=1, pixels=EVERY_IMAGE, last_stage=True, length_multiple=1,
+        recipe, TOKENIZER, dp_rank=0, dp_size=1, pixels=EVERY_PIXEL, last_stage=True, length_multiple=1,
         equal_lengths=False, start=0,
     )  # fmt: skip
     _ = next(loader), next(loader)  # one from each process, so both have started

@@ -13,7 +13,7 @@ from small_stores import BOS, EOS, FIRST_ID, IMAGE, MODEL, write_store
 
 from megavl.config import SourceConfig
 from megavl.data.collate import CollateSettings, build_microbatch
-from megavl.data.microbatch import IGNORE, MicroBatch, StepBatch
+from megavl.data.microbatch import EVERY_PIXEL, IGNORE, NO_PIXELS, MicroBatch, StepBatch
 from megavl.data.mixture import RowSpec, row_spec
 from megavl.data.parcel import wrap
 from megavl.data.rows import UNSHUFFLED, Part, StreamRows
@@ -42,7 +42,7 @@ def make_settings(**fields: Any) -> CollateSettings:
         "image_size": MODEL.image_size,
         "background": (10, 20, 30),
         "separate_documents": True,
-        "load_pixels": True,
+        "pixels": EVERY_PIXEL,
     }
     return CollateSettings(**{**values, **fields})
 
@@ -107,7 +107,7 @@ def test_images_are_those_of_the_sample_in_reading_order(stores: dict[str, Any])
 def test_ranks_without_towers_see_the_same_but_pixels(stores: dict[str, Any]) -> None:
     rows = [pictures_row(stores, [3, 4])]
     batch, failed = build_microbatch(rows, stores, make_settings())
-    blind, nothing = build_microbatch(rows, stores, make_settings(load_pixels=False))
+    blind, nothing = build_microbatch(rows, stores, make_settings(pixels=NO_PIXELS))
     assert blind.pixels is None
     assert not nothing
     assert blind.num_images == batch.num_images == 4

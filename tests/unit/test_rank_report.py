@@ -1,6 +1,6 @@
 """What ranks tell each other: one rank per data-parallel copy counts, any rank may ask to stop, padding is left out."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megavl.data.microbatch import EVERY_IMAGE, IGNORE, ImageShare, MicroBatch, StepBatch
-from megavl.training.rank_report import RankReport, document_lengths, exchange, own_failures, report
+from megavl.data.microbatch import IGNORE, MicroBatch, StepBatch
+from megavl.training.rank_report import RankReport, document_lengths, exchange, report
 from megavl.training.step_clock import PARTS
 
 
@@ -48,14 +48,14 @@ def test_own_report() -> None:
         micro_batches=(micro_batch([4, 3], 5, images=2), micro_batch([6], 0, images=1)),
         failed=("bad",),
     )
-    groups: Any = SimpleNamespace(tensor_rank=1, pipeline_rank=0, is_first_stage=True)
+    groups: Any = SimpleNamespace(tensor_rank=1, pipeline_rank=0)
     mine = report(batch, groups, stop=True, save=False, data_wait_s=0.5, parts=PARTS_OF_A_STEP, memory=2e9)
     assert mine == RankReport(
         stop=1,
         save=0,
         data_wait_s=0.5,
         counts=0,
-        failed=0,
+        failed=1,
         images=3,
         tokens=13,
         squared_lengths=16 + 9 + 36,
@@ -64,20 +64,6 @@ def test_own_report() -> None:
         memory=2e9,
         **PARTS_OF_A_STEP,
     )
-
-
-@pytest.mark.parametrize(
-    ("share", "answering"),
-    [(EVERY_IMAGE, [(0, 0)]), (ImageShare(every=2, first=1), [(0, 0), (1, 0)])],
-)
-def test_each_bad_image_has_one_rank_to_answer_for_it(share: ImageShare, answering: list[tuple[int, int]]) -> None:
-    """Tensor ranks that decode every image see each bad one; those that share them see their own."""
-    batch = StepBatch(
-        step=0, language_rows=0, micro_batches=(replace(micro_batch([4], 0), pixel_share=share),), failed=("bad",)
-    )
-    places = [(t, p) for t in range(2) for p in range(2)]
-    groups: list[Any] = [SimpleNamespace(tensor_rank=t, is_first_stage=p == 0) for t, p in places]
-    assert [place for place, of in zip(places, groups, strict=True) if own_failures(batch, of)] == answering
 
 
 def test_totals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,19 @@ def test_what_the_device_has_not_passed_is_counted_later(monkeypatch: pytest.Mon
     assert (lambda seconds: (seconds["forward"], seconds["optimizer"]))(clock.read()) == (0.001, 0.001)
 
 
+@pytest.mark.parametrize(("device", "around"), [("cuda", 0.003), ("cpu", 0.002)])
+def test_work_beside_a_part_is_not_inside_it(monkeypatch: pytest.MonkeyPatch, device: str, around: float) -> None:
+    """Marks 1 ms apart; only the CPU does one thing at a time."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "now", 10**6)
+    times = iter([0.001, 0.002, 0.003, 0.004])
+    monkeypatch.setattr(step_clock, "perf_counter", lambda: next(times))
+    clock = StepClock(torch.device(device))
+    with clock.part("schedule"), clock.part("vision", beside=True):
+        pass
+    assert clock.read() == pytest.approx({**dict.fromkeys(PARTS, 0.0), "schedule": around, "vision": 0.001})
+
+
 def test_a_step_sets_all_marks() -> None:
     """megatron-core's forward and backward marks, and ours around the rest."""
     recipe = Recipe(
