@@ -114,7 +114,8 @@ def open_checkpoint(path: Path) -> tuple[Format, Contents]:
     found = find_format(path)
     contents = found.read(path)
     if not found.carries:
-        contents = replace(contents, unused=carried.read_unused(path), files=carried.read_files(path))
+        folder = found.folder(path)
+        contents = replace(contents, unused=carried.read_unused(folder), files=carried.read_files(folder))
     return found, contents
 
 
