@@ -172,6 +172,7 @@ def make_saver(recipe: Recipe, tokenizer: Tokenizer, groups: Groups) -> Checkpoi
         recipe.checkpoint.keep,
         tokenizer=tokenizer.fingerprint,
         recipe=asdict(recipe),
+        init_from=recipe.checkpoint.init_from,
     )
 
 

@@ -9,6 +9,7 @@ In: the `checkpoints` folder of a run. Out: folders to write into and to read fr
     incomplete_00000140_9f31c2a8/   being written, or left by a crash; never used twice, because a background
                                     writer can outlive its crashed trainer and go on writing there
     removed_00000100_51d0be77/      being removed
+    carried/                        what every checkpoint hands on without using it (see `side_files.py`)
 
 A rename makes a checkpoint complete, and a rename makes it cease to be one, so a crash at any moment leaves each of
 them complete or absent. One process calls the functions that change something (rank 0).
@@ -113,7 +114,7 @@ def complete_checkpoint(folder: Path, step: int) -> Path:
     if target.exists():  # not ours: we give the name to complete checkpoints only
         _remove(target, step)
     folder.rename(target)
-    _sync_folder(checkpoints)
+    sync_folder(checkpoints)
     write_durably(checkpoints / LATEST, target.name + "\n")
     return target
 
@@ -184,7 +185,16 @@ def write_durably(path: Path, content: str | bytes) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _leftovers(checkpoints: Path) -> list[Path]:
@@ -200,12 +210,3 @@ def _remove(folder: Path, step: int) -> None:
     doomed = folder.with_name(f"removed_{step:08d}_{secrets.token_hex(4)}")
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

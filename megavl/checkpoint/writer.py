@@ -32,6 +32,7 @@ from megavl.checkpoint.agreement import attempt, on_rank_zero, raise_together
 from megavl.checkpoint.folder import CheckpointError
 from megavl.checkpoint.forked_write import Report, write_tensors
 from megavl.checkpoint.optimizer_state import adam_step, optimizer_state
+from megavl.checkpoint.side_files import add_side_files, keep_side_files
 from megavl.checkpoint.state import RANDOM_KEY, layout_of, model_state, random_state_tensor
 from megavl.parallel.gradients import synchronise_parameters
 from megavl.parallel.groups import Groups
@@ -44,9 +45,16 @@ class CheckpointWriter:
     """Saves checkpoints of one run. Every method is called by all ranks, in the same order."""
 
     def __init__(
-        self, checkpoints: Path, groups: Groups, keep: int, *, tokenizer: str = "", recipe: dict[str, Any] | None = None
+        self,
+        checkpoints: Path,
+        groups: Groups,
+        keep: int,
+        *,
+        tokenizer: str = "",
+        recipe: dict[str, Any] | None = None,
+        init_from: str = "",
     ) -> None:
-        """Open the folder and remove what a crash left in it.
+        """Open the folder, remove what a crash left in it, and keep what the checkpoints are to hand on.
 
         Args:
             checkpoints: the run's `checkpoints` folder; made by the first save.
@@ -54,15 +62,17 @@ class CheckpointWriter:
             keep: complete checkpoints to keep.
             tokenizer: fingerprint of the run's tokenizer, kept with every checkpoint and compared on loading.
             recipe: the resolved recipe, kept with every checkpoint; values that JSON can hold.
+            init_from: checkpoint whose side files are handed on while the run has none of its own.
 
         Raises:
-            CheckpointError: the folder cannot be written to.
+            CheckpointError: the folder cannot be written to, or side files are damaged.
         """
         self.checkpoints, self.groups, self.keep = checkpoints, groups, keep
         self._about_run = {"tokenizer": tokenizer, "recipe": recipe or {}}
         self._queue = AsyncCallsQueue(persistent=False)
         for leftover in on_rank_zero(lambda: folders.remove_leftovers(checkpoints), groups):
             log.info("removed %s, left by an interrupted save", leftover)
+        on_rank_zero(lambda: keep_side_files(checkpoints, init_from, tokenizer), groups)
 
     def save(
         self,
@@ -145,6 +155,7 @@ class CheckpointWriter:
         def write_small_files() -> None:
             folders.check_space(folder, needed)
             folders.write_state(folder, description)
+            add_side_files(self.checkpoints, folder)
             folders.write_durably(folder / COMMON_STATE_FNAME, nothing.getvalue())
 
         needed = _total_bytes(strategy.buckets, groups)

@@ -184,8 +184,8 @@ def validation_batches(
     )
     count = min(rows.num_rows, recipe.logging.validation_rows)
     specs = [
-        row_spec(source, UNSHUFFLED, r, rows.parts(UNSHUFFLED, r), stores[source.name], recipe.model.tokens_per_image)
-        for r in range(count)
+        row_spec(source, UNSHUFFLED, r, parts, stores[source.name], recipe.model.tokens_per_image)
+        for r, parts in enumerate(rows.parts(UNSHUFFLED, range(count)))
     ]
     # Interleaved pipelines need a multiple of the pipeline size.
     multiple = recipe.parallel.pipeline if recipe.parallel.virtual_pipeline > 1 else 1

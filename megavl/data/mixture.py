@@ -113,17 +113,17 @@ class StepPlan:
             num_rows = self._rows_of(modality, source).num_rows
             key = order_key(self._stage.seed, self._sources[modality][source].name, "rows", epoch)
             positions = np.array([dealt[at][2] % num_rows for at in ats], dtype=np.int64)
-            for at, index in zip(ats, shuffled(positions, num_rows, key).tolist(), strict=True):
-                config = self._sources[modality][source]
-                parts = self.sources[config.name].parts(epoch, index)
-                store = self._stores[config.name]
+            config = self._sources[modality][source]
+            indices, store = shuffled(positions, num_rows, key).tolist(), self._stores[config.name]
+            contents = self.sources[config.name].parts(epoch, indices)
+            for at, index, parts in zip(ats, indices, contents, strict=True):
                 found[at] = row_spec(config, epoch, index, parts, store, self._tokens_per_image)
         return [found[at] for at in range(len(dealt))]
 
     def prepare(self, step: int) -> None:
         """Works out the orders that steps from `step` on need, so that forked loader processes share them."""
         for name, rows in self.sources.items():
-            rows.parts(self.drawn(name, step) // rows.num_rows, 0)
+            rows.parts(self.drawn(name, step) // rows.num_rows, [0])
 
     def drawn(self, source: str, steps: int) -> int:
         """Rows of `source` in the first `steps` steps, worked out without going through them; within a few rows."""

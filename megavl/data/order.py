@@ -106,31 +106,40 @@ def order_key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
-def shuffled(positions: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
-    """The elements at `positions` of a pseudo-random order of [0, size).
+def shuffled(
+    positions: NDArray[np.int64], size: int | NDArray[np.int64], key: int | NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """The elements at `positions` of a pseudo-random order of [0, size), or of one such order for each position.
 
     A Feistel network over the next power of four; values that fall outside [0, size) go through it again until they
     fall inside (cycle walking), which keeps it a bijection. Memory does not depend on `size`.
 
     Args:
         positions: positions in [0, size), int64 [n].
-        size: number of elements.
-        key: which order; see `order_key`.
+        size: number of elements, below 2**53; one for all positions, or [n].
+        key: which order, see `order_key`; one for all positions, or [n].
 
     Returns:
-        Elements in [0, size), int64 [n]; distinct for distinct positions.
+        Elements in [0, size), int64 [n]; distinct for distinct positions of an order.
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    keys = [_mix(np.array([(key + r * 0x9E3779B97F4A7C15) % 2**64], dtype=np.uint64)) for r in range(FEISTEL_ROUNDS)]
+    sizes = np.atleast_1d(np.asarray(size, dtype=np.uint64))  # [n] or [1]
+    rounds = np.arange(FEISTEL_ROUNDS, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+    keys = _mix(np.atleast_1d(np.asarray(key, dtype=np.uint64)) + rounds)  # [rounds, n] or [rounds, 1]
+    bits = np.frexp((sizes - np.uint64(1)).astype(np.float64))[1]  # bit_length, exact
+    half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
     values = _feistel(positions.astype(np.uint64), half, keys)
-    outside = np.flatnonzero(values >= size)
+    outside = np.flatnonzero(values >= sizes)
+    if outside.size:
+        sizes, half = (np.broadcast_to(each, values.shape) for each in (sizes, half))
+        keys = np.broadcast_to(keys, (FEISTEL_ROUNDS, *values.shape))
     while outside.size:
-        values[outside] = _feistel(values[outside], half, keys)
-        outside = outside[values[outside] >= size]
+        values[outside] = _feistel(values[outside], half[outside], keys[:, outside])
+        outside = outside[values[outside] >= sizes[outside]]
     return values.astype(np.int64)
 
 
-def _feistel(values: NDArray[np.uint64], half: np.uint64, keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+def _feistel(values: NDArray[np.uint64], half: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """All rounds; half the bits of each domain and the key of each round, of one order or of each value's."""
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
     for key in keys:

@@ -13,6 +13,7 @@ tuple of `Part`. There are three kinds:
 Shapes: n samples of the source.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -72,8 +73,8 @@ class SourceRows(Protocol):
     fill: float
     """Tokens over the room of all rows of an epoch."""
 
-    def parts(self, epoch: int, row: int) -> tuple[Part, ...]:
-        """What row `row` of an epoch holds."""
+    def parts(self, epoch: int, rows: Sequence[int]) -> list[tuple[Part, ...]]:
+        """What each of `rows` of an epoch holds."""
 
 
 class StreamRows:
@@ -89,9 +90,12 @@ class StreamRows:
         self.fill = self._total / (self.num_rows * seq_length) if self.num_rows else 0.0
         self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
-    def parts(self, epoch: int, row: int) -> tuple[Part, ...]:
-        """What row `row` of an epoch holds."""
+    def parts(self, epoch: int, rows: Sequence[int]) -> list[tuple[Part, ...]]:
+        """What each of `rows` of an epoch holds."""
         documents, ends = self._epoch(epoch)
+        return [self._cut(documents, ends, row) for row in rows]
+
+    def _cut(self, documents: NDArray[np.int64], ends: NDArray[np.int64], row: int) -> tuple[Part, ...]:
         begin, stop = row * self._seq_length, min((row + 1) * self._seq_length, self._total)
         parts = []
         place = int(np.searchsorted(ends, begin, side="right"))
@@ -126,9 +130,9 @@ class SampleRows:
         self._lengths, self.num_rows = np.asarray(store.lengths), store.num_samples
         self.fill = float(counted.mean()) / seq_length if len(counted) else 0.0
 
-    def parts(self, epoch: int, row: int) -> tuple[Part, ...]:
-        """What row `row` of an epoch holds; the same in every epoch."""
-        return (Part(row, 0, int(self._lengths[row])),)
+    def parts(self, epoch: int, rows: Sequence[int]) -> list[tuple[Part, ...]]:
+        """What each of `rows` of an epoch holds; the same in every epoch."""
+        return [(Part(row, 0, int(self._lengths[row])),) for row in rows]
 
 
 class PackRows:
@@ -141,11 +145,19 @@ class PackRows:
         self._lengths, self._key = np.asarray(store.lengths), key
         self._packs = pack(counted, seq_length)
         self.num_rows, self.fill = len(self._packs), self._packs.fill
+        self._epochs: dict[int, NDArray[np.uint64]] = {}
 
-    def parts(self, epoch: int, row: int) -> tuple[Part, ...]:
-        """What row `row` of an epoch holds; equally long samples change places from epoch to epoch."""
-        samples = self._packs.samples(row, order_key(self._key, "packs", epoch))
-        return tuple(Part(int(s), 0, int(self._lengths[s])) for s in samples)
+    def parts(self, epoch: int, rows: Sequence[int]) -> list[tuple[Part, ...]]:
+        """What each of `rows` of an epoch holds; equally long samples change places from epoch to epoch."""
+        if epoch not in self._epochs:
+            if len(self._epochs) == 2:  # an epoch and the next, while steps straddle them
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = self._packs.group_keys(order_key(self._key, "packs", epoch))
+        found = self._packs.samples(rows, self._epochs[epoch])
+        return [
+            tuple(Part(s, 0, t) for s, t in zip(samples.tolist(), self._lengths[samples].tolist(), strict=True))
+            for samples in found
+        ]
 
 
 def reads_as_stream(store: SampleStore) -> bool:

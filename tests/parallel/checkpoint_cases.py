@@ -67,6 +67,8 @@ class Plan:
     """Resume from here."""
     load_model: str = ""
     """Start from these weights."""
+    init_from: str = ""
+    """Checkpoint whose side files the run hands on."""
     run: str = ""
     """Folder to save into; empty: never."""
     background: bool = True
@@ -179,7 +181,12 @@ def start(plan: Plan) -> Trainer:
     if plan.run:
         recipe = {"model": asdict(plan.model)}
         trainer.writer = CheckpointWriter(
-            Path(plan.run) / "checkpoints", groups, plan.keep, tokenizer="a" * 64, recipe=recipe
+            Path(plan.run) / "checkpoints",
+            groups,
+            plan.keep,
+            tokenizer="a" * 64,
+            recipe=recipe,
+            init_from=plan.init_from,
         )
     if groups.rank in plan.full_disk:
         limit_file_size(plan.full_disk[groups.rank])

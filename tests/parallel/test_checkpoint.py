@@ -20,6 +20,7 @@ from checkpoint_cases import (
     train_and_die,
     wait_for_orphans,
 )
+from safetensors.torch import save_file
 from torch import Tensor
 from world import World, WorldError
 
@@ -177,9 +178,21 @@ def test_background_and_foreground_saves_are_equal(
 
 
 def test_only_the_newest_are_kept(world: World, tmp_path: Path) -> None:
-    plan = Plan(parallel=DP2, run=str(tmp_path), steps=4, save_at=(1, 2, 3, 4), keep=2)
-    assert world.run(train, plan, ranks=1)[0]["problems"] == []
-    assert names_in(tmp_path) == ["latest", "step_00000003", "step_00000004"]
+    """With what they hand on, which came with a checkpoint of other tensors."""
+    start, run = tmp_path / "start", tmp_path / "run"
+    start.mkdir()
+    (start / "metadata.json").write_text("{}")
+    save_file({"attn_pool.latent": torch.arange(6.0)}, start / "unused.safetensors")
+    plan = Plan(parallel=DP2, init_from=str(start), run=str(run), steps=4, save_at=(1, 2, 3, 4), keep=2)
+    assert [answer["problems"] for answer in world.run(train, plan, ranks=2)] == [[], []]
+    assert names_in(run) == ["carried", "latest", "step_00000003", "step_00000004"]
+    for step in (3, 4):
+        handed_on = Path(at(run, step), "unused.safetensors")
+        assert handed_on.read_bytes() == (start / "unused.safetensors").read_bytes()
+    (start / "unused.safetensors").write_bytes(b"torn")
+    refused = world.run(refusal, replace(plan, run=str(tmp_path / "other")), ranks=2)
+    assert len(set(refused)) == 1
+    assert "a header of 4 bytes in a file of 4" in refused[0]
 
 
 FULL_DISK = {

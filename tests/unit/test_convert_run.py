@@ -1,5 +1,6 @@
 """Conversions from folder to folder: every pair of formats bit-exact, verified, and no half targets."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from megavl.checkpoint.convert.contents import Training
 from megavl.checkpoint.convert.formats import FormatName, WriteOptions
 from megavl.checkpoint.convert.lazy import in_memory
 from megavl.checkpoint.convert.run import Request, convert, open_checkpoint
+from megavl.checkpoint.convert.target_lock import locked
 from megavl.checkpoint.folder import CheckpointError
 from megavl.config import ParallelConfig
 
@@ -212,13 +214,54 @@ def test_a_killed_conversion_leaves_no_target_and_the_next_starts_clean(
         convert(Request(source=sources["tiny"], target=target, to="hf-deepseek"), lambda what, total: nullcontext(stop))
         os._exit(1)
     started = os.read(reader, 1)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        with pytest.raises(CheckpointError, match=f"{target}: another conversion is writing it"):
+            convert(Request(source=sources["tiny"], target=target, to="hf-deepseek"), bar)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     assert started == b"w"
     assert not target.exists()
-    (draft,) = tmp_path.iterdir()
+    draft, _ = sorted(tmp_path.iterdir())
+    assert (draft / "config.json").exists()  # as the first left it
     (draft / "stale").touch()
     convert(Request(source=sources["tiny"], target=target, to="hf-deepseek"), bar)
     assert list(tmp_path.iterdir()) == [target]
     assert not (target / "stale").exists()
     assert_equal(open_checkpoint(target)[1], open_checkpoint(sources["tiny"])[1])
+
+
+def test_two_conversions_at_once_make_one_target(sources: dict[str, Path], tmp_path: Path) -> None:
+    """The second starts while the first writes and refuses; planned before and carried out after it, too."""
+    target, refusals = tmp_path / "t", []
+    request = Request(source=sources["tiny"], target=target, to="hf-transformers")
+    late = replace(request, source=sources["hybrid"])
+    planned = run.plan(late)
+
+    def second(count: int) -> None:
+        if not refusals:
+            with pytest.raises(CheckpointError, match=f"{target}: another conversion is writing it") as refused:
+                convert(late, bar)
+            refusals.append(refused)
+
+    convert(request, lambda what, total: nullcontext(second))
+    assert refusals
+    with pytest.raises(CheckpointError, match=f"{target}: exists already"):
+        run.carry_out(planned, late, bar)
+    assert list(tmp_path.iterdir()) == [target]
+    assert_equal(open_checkpoint(target)[1], open_checkpoint(sources["tiny"])[1])
+
+
+def test_a_lock_removed_by_its_holder_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file opened before and locked after the holder removed it guards nothing: another may lock a new one."""
+    flock, path = fcntl.flock, tmp_path / ".t.lock"
+
+    def holder_ends_first(lock: Any, how: int) -> None:
+        monkeypatch.undo()
+        path.unlink()
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", holder_ends_first)
+    with locked(tmp_path / "t"), pytest.raises(CheckpointError, match="another conversion"), locked(tmp_path / "t"):
+        pass
+    assert list(tmp_path.iterdir()) == []

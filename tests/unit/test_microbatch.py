@@ -136,7 +136,7 @@ def test_rows_of_a_corpus_equal_the_joined_stream(stores: dict[str, Any], separa
     ends = set(np.cumsum(CORPUS).tolist())
     at = 0
     for index in range(rows.num_rows):
-        spec = row_spec(TEXT, 0, index, rows.parts(UNSHUFFLED, index), store, P)
+        spec = row_spec(TEXT, 0, index, rows.parts(UNSHUFFLED, [index])[0], store, P)
         batch, _ = build_microbatch([spec], stores, make_settings(separate_documents=separate))
         assert batch.tokens.tolist() == stream[at : at + seq_length].tolist()
         last_of_document = [at + i + 1 in ends for i in range(len(batch.tokens))]

@@ -80,6 +80,19 @@ def test_elements_can_be_asked_one_by_one_and_in_a_large_domain() -> None:
     assert together.max() < size
 
 
+def test_orders_of_many_sizes_at_once() -> None:
+    """An order for each position is what each order gives by itself."""
+    random = np.random.default_rng(0)
+    sizes = np.concatenate([np.arange(1, 70), 2 ** np.arange(53), random.integers(1, 10**15, 300)])
+    positions = (random.random(len(sizes)) * sizes).astype(np.int64)
+    keys = random.integers(0, 2**64, len(sizes), dtype=np.uint64)
+    alone = [
+        int(shuffled(np.array([position]), size, key)[0])
+        for position, size, key in zip(positions.tolist(), sizes.tolist(), keys.tolist(), strict=True)
+    ]
+    assert shuffled(positions, sizes, keys).tolist() == alone
+
+
 def test_order_depends_on_the_key_and_looks_random() -> None:
     size, keys = 10, 4000
     orders = np.stack([shuffled(np.arange(size), size, order_key(7, "source", e)) for e in range(keys)])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from megavl.data import packing
+from megavl.data.order import order_key, shuffled
 from megavl.data.packing import Packs, pack
 
 
@@ -23,7 +24,7 @@ def realistic_lengths(count: int, seed: int = 0) -> NDArray[np.int64]:
 
 
 def check(packs: Packs, lengths: NDArray[np.int64], key: int) -> None:
-    read = [packs.samples(p, key) for p in range(len(packs))]
+    read = packs.samples(range(len(packs)), packs.group_keys(key))
     assert np.array_equal(np.sort(np.concatenate(read)), np.arange(len(lengths)))
     sums = [int(lengths[r].sum()) for r in read]
     assert max(sums) <= packs.capacity
@@ -37,7 +38,7 @@ def test_every_sample_once_and_whole(lengths: list[int], extra: int, key: int) -
     packs = pack(array, int(array.max()) + extra)
     check(packs, array, key)
     # Two packs that fit into one would show that the plan wastes rows.
-    sums = sorted(int(array[packs.samples(p, key)].sum()) for p in range(len(packs)))
+    sums = sorted(int(array[samples].sum()) for samples in packs.samples(range(len(packs)), packs.group_keys(key)))
     assert len(sums) == 1 or sums[0] + sums[1] > packs.capacity
 
 
@@ -66,11 +67,25 @@ def test_the_cost_does_not_grow_with_the_samples(monkeypatch: pytest.MonkeyPatch
 def test_only_equally_long_samples_change_places() -> None:
     lengths = realistic_lengths(2_000)
     packs = pack(lengths, 4096)
-    first = [packs.samples(p, 1) for p in range(len(packs))]
-    second = [packs.samples(p, 2) for p in range(len(packs))]
+    first = packs.samples(range(len(packs)), packs.group_keys(1))
+    second = packs.samples(range(len(packs)), packs.group_keys(2))
     assert all(np.array_equal(lengths[a], lengths[b]) for a, b in zip(first, second, strict=True))
     assert any(not np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     check(packs, lengths, 2)
+
+
+def test_an_order_is_that_of_each_sample_by_itself() -> None:
+    """All packs at once against one sample at a time; a run that was started with an older version reads the same."""
+    lengths = realistic_lengths(3_000)
+    packs = pack(lengths, 4096)
+    by_length = np.argsort(lengths, kind="stable")
+    wanted = [7, 3, len(packs) - 1, 3]
+    for number, samples in zip(wanted, packs.samples(wanted, packs.group_keys(9)), strict=True):
+        for place, sample in zip(packs.slots[packs.starts[number] : packs.starts[number + 1]], samples, strict=True):
+            equally_long = np.flatnonzero(lengths[by_length] == lengths[by_length[place]])
+            start, size = int(equally_long[0]), len(equally_long)
+            moved = int(shuffled(np.array([place - start]), size, order_key(9, start))[0])
+            assert sample == by_length[start + moved]
 
 
 def test_the_plan_is_deterministic() -> None:

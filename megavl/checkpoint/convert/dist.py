@@ -104,4 +104,12 @@ def _sizes(folder: Path, training: Training | None) -> ModelConfig:
     return sizes_from(recipe.get("model"), f"{folder / folders.STATE}: recipe.model")
 
 
-FORMAT = Format(name="megatron-dist", detect=detect, read=read, write=write, plan=plan, describe=describe)
+FORMAT = Format(
+    name="megatron-dist",
+    detect=detect,
+    read=read,
+    write=write,
+    plan=plan,
+    describe=describe,
+    folder=folders.find_checkpoint,
+)

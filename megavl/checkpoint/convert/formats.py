@@ -64,5 +64,7 @@ class Format:
     """What `write` would write, in that order, without reading a value. Raises CheckpointError as `write` would."""
     describe: Callable[[Path], str]
     """The layout in words, such as `tensor 2, pipeline 2, layers 8,8,8,6`, for inspection."""
+    folder: Callable[[Path], Path] = Path
+    """The folder that a path means, where side files lie; raises CheckpointError as `read` does."""
     carries: bool = False
     """Whether `Contents.files` and `Contents.unused` are read and written by the format itself, not as side files."""

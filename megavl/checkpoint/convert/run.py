@@ -2,7 +2,7 @@
 
 In: a checkpoint of any format and what the target should be. Out: the target, complete, or nothing. Everything is
 written into a hidden folder beside the target, which gets its name when it has been verified; what an interruption
-leaves there is removed by the next run.
+leaves there is removed by the next run. While one conversion makes a target, others refuse.
 """
 
 import ctypes
@@ -25,6 +25,7 @@ from megavl.checkpoint.convert.contents import Contents
 from megavl.checkpoint.convert.formats import Format, FormatName, Progress, Slice, WriteOptions
 from megavl.checkpoint.convert.lazy import cast
 from megavl.checkpoint.convert.shapes import check_types
+from megavl.checkpoint.convert.target_lock import locked
 from megavl.checkpoint.convert.verify import all_tensors, compare
 from megavl.checkpoint.folder import CheckpointError, check_space
 
@@ -114,7 +115,8 @@ def open_checkpoint(path: Path) -> tuple[Format, Contents]:
     found = find_format(path)
     contents = found.read(path)
     if not found.carries:
-        contents = replace(contents, unused=carried.read_unused(path), files=carried.read_files(path))
+        folder = found.folder(path)
+        contents = replace(contents, unused=carried.read_unused(folder), files=carried.read_files(folder))
     return found, contents
 
 
@@ -150,10 +152,14 @@ def plan_contents(contents: Contents, source: dict[str, Any], request: Request) 
 
 def _check_target(request: Request) -> None:
     source, target = request.source.resolve(), request.target.resolve()
-    if target.exists():
-        raise CheckpointError(f"{request.target}: exists already, a conversion makes a new folder")
+    _check_new(request.target)
     if source == target or source in target.parents:
         raise CheckpointError(f"{request.target}: lies inside the source {request.source}, which is left as it is")
+
+
+def _check_new(target: Path) -> None:
+    if target.exists():
+        raise CheckpointError(f"{target}: exists already, a conversion makes a new folder")
 
 
 def _prepare(contents: Contents, request: Request, target: Format) -> Contents:
@@ -195,20 +201,16 @@ def carry_out(planned: Plan, request: Request, bar: Bar) -> dict[str, Any]:
     _return_freed_memory()
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)  # of a run that was interrupted
-        files = sum(file.stat().st_size for file in planned.contents.files.values())
-        check_space(parent, planned.nbytes + files)
-        draft.mkdir()
-        record = _fill(draft, planned, request, bar)
-        _sync([draft, *draft.rglob("*")])
-        draft.rename(request.target)
-        _sync([parent])
+        with locked(request.target):
+            _check_new(request.target)  # since it was planned, another conversion may have made it
+            shutil.rmtree(draft, ignore_errors=True)  # of a run that was interrupted
+            try:
+                return _make(draft, planned, request, bar)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CheckpointError(f"{request.target}: {'the disk is full' if full else error}") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return record
 
 
 def _return_freed_memory() -> None:
@@ -224,6 +226,19 @@ def _return_freed_memory() -> None:
 def _draft(target: Path) -> Path:
     """Where a target is written until it is complete."""
     return target.absolute().with_name(f".{target.name}.incomplete")
+
+
+def _make(draft: Path, planned: Plan, request: Request, bar: Bar) -> dict[str, Any]:
+    """The target by way of its draft; returns what `conversion.json` says."""
+    parent = draft.parent
+    files = sum(file.stat().st_size for file in planned.contents.files.values())
+    check_space(parent, planned.nbytes + files)
+    draft.mkdir()
+    record = _fill(draft, planned, request, bar)
+    _sync([draft, *draft.rglob("*")])
+    draft.rename(request.target)
+    _sync([parent])
+    return record
 
 
 def _fill(draft: Path, planned: Plan, request: Request, bar: Bar) -> dict[str, Any]:
