@@ -352,6 +352,9 @@ def validate(recipe: Recipe) -> list[str]:
 
     What depends on the layout and the number of ranks is in `megavl/parallel/validate.py`.
     """
+    small = [sentence for wrong, sentence in _size_checks(recipe.model) if wrong]
+    if small:  # others divide by them
+        return small
     checks = [
         *_model_checks(recipe.model),
         *_kernel_checks(recipe.kernels, recipe.model),
@@ -365,6 +368,17 @@ def validate(recipe: Recipe) -> list[str]:
 
 Checks = list[tuple[object, str]]
 """(is this wrong?, the sentence that says so)."""
+
+
+def _size_checks(model: ModelConfig) -> Checks:
+    sections = {"decoder": model.decoder, "siglip": model.siglip, "sam": model.sam}
+    return [
+        (value < 1 if isinstance(value, int) else value <= 0, f"model.{section}.{field} {value} is not above 0")
+        for section, sizes in sections.items()
+        if sizes is not None
+        for field, value in vars(sizes).items()
+        if isinstance(value, int | float)
+    ]
 
 
 def _model_checks(model: ModelConfig) -> Checks:

@@ -9,9 +9,11 @@ Exit status: 0 if the store is written and at most `--max-rejected` of the input
 otherwise. Forms of input: `megavl/data/importers/`.
 """
 
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 import tyro
 
@@ -22,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build a store from the command line; returns the exit status."""
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # no Transformer Engine is needed here
     options = tyro.cli(BuildOptions, description=__doc__, args=arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         manifest = build(options)
     except (ValueError, OSError) as error:
@@ -34,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for rejected in manifest["rejected"][:5]:
         print(f"  left out {rejected['input']}: {rejected['reason']}")
     return 0
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """SIGTERM ends a build as ctrl-C does: what was written so far is removed."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -111,7 +111,8 @@ class FeatureCache:
         with (self.folder / _LOCK).open("a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
             lock.seek(0)
-            total = int(lock.read() or 0) + size
+            counted = lock.read()  # nothing in a new folder, and where a process ended between the next two writes
+            total = (int(counted) if counted.isdigit() else sum(held for _, held, _ in self._entries())) + size
             if total > self.limit:
                 total = self._remove_oldest(self.limit - size) + size
             lock.truncate(0)
@@ -119,13 +120,7 @@ class FeatureCache:
 
     def _remove_oldest(self, room: int) -> int:
         """Remove entries until at most 90% of `room` bytes are taken, so that it is seldom done; returns those."""
-        entries = []
-        for entry in os.scandir(self.folder):
-            if entry.name != _LOCK:
-                try:
-                    entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
-                except FileNotFoundError:
-                    continue
+        entries = self._entries()
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             if total <= 0.9 * room:
@@ -133,6 +128,17 @@ class FeatureCache:
             Path(path).unlink(missing_ok=True)
             total -= size
         return total
+
+    def _entries(self) -> list[tuple[int, int, str]]:
+        """(when it was used last, its bytes, its path) of each entry."""
+        entries = []
+        for entry in os.scandir(self.folder):
+            if entry.name != _LOCK:
+                try:
+                    entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+                except FileNotFoundError:
+                    continue
+        return entries
 
     def _give_up(self, error: OSError) -> None:
         if not self._broken:

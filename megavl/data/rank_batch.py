@@ -131,7 +131,13 @@ def open_stores(sources: Sequence[SourceConfig], recipe: Recipe, tokenizer: Toke
     for source in sources:
         if source.name in stores:
             raise ValueError(f"two sources are named {source.name!r} ({source.path} is the second)")
-        stores[source.name] = Store(source.path, tokenizer.fingerprint, recipe.model.decoder.vocab)
+        store = Store(source.path, tokenizer.fingerprint, recipe.model.decoder.vocab)
+        images = int(store.image_counts.sum())
+        if source.modality == "language" and images:  # its steps would be dealt and timed as steps without images
+            raise ValueError(
+                f"source {source.name}: modality language, but its {store.num_samples} samples hold {images} images"
+            )
+        stores[source.name] = store
     return stores
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from numpy.typing import NDArray
 
-from megavl.data.store_writer import IMAGE_COUNTS, IMAGE_OFFSETS, IMAGES, LEARN, MANIFEST, StoreWriter
+from megavl.data.store_writer import FORMAT, IMAGE_COUNTS, IMAGE_OFFSETS, IMAGES, LEARN, MANIFEST, StoreWriter
 
 __all__ = ["Store", "StoreWriter"]
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents
@@ -101,10 +101,12 @@ class Store:
         dtype = dataset.index.dtype
         # A view would outlive the map that it looks into, if the caller drops the store: reading it then crashes.
         ids = dataset.bin_reader.read(dtype=dtype, count=length, offset=begin * DType.size(dtype)).copy()
-        if self.manifest is None and self._vocab_size is not None and length and int(ids.max()) >= self._vocab_size:
-            raise ValueError(
-                f"{self.prefix}.bin: sample {i} holds id {ids.max()}, the vocabulary has {self._vocab_size}"
-            )
+        if self.manifest is None and self._vocab_size is not None and length:
+            for found in (int(ids.max()), int(ids.min())):
+                if not 0 <= found < self._vocab_size:
+                    raise ValueError(
+                        f"{self.prefix}.bin: sample {i} holds id {found}, the vocabulary has {self._vocab_size}"
+                    )
         return ids
 
     def learn(self, i: int) -> NDArray[np.bool_]:
@@ -157,9 +159,13 @@ def _read_manifest(prefix: str) -> dict[str, Any] | None:
             raise ValueError(f"{path}: missing, although {LEARN} or {IMAGES} is there; the store is incomplete")
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not a manifest ({error})") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path}: its format is {found!r}, this version reads {FORMAT!r}")
+    return manifest
 
 
 def _check_index(prefix: str) -> NDArray[np.int64]:
@@ -174,18 +180,29 @@ def _check_index(prefix: str) -> NDArray[np.int64]:
         magic, version, code, sequences, documents = _HEADER.unpack(head.ljust(_HEADER.size, b"\0"))
         if magic != _MAGIC or version != 1 or code not in {d.value for d in DType}:
             raise ValueError(f"{idx}: not a Megatron index (its first bytes are {head[:9]!r})")
+        if not issubclass(DType.dtype_from_code(code), np.integer):
+            raise ValueError(f"{idx}: its tokens are of type {DType.dtype_from_code(code).__name__}, not whole numbers")
         expected = _HEADER.size + sequences * 12 + documents * 8  # int32 length and int64 pointer per sequence
         if size < expected:
             raise ValueError(f"{idx}: {size} bytes, but its {sequences} sequences need {expected}")
         lengths = np.fromfile(file, dtype=np.int32, count=sequences)
-        file.seek(sequences * 8, 1)
+        file.seek(max(sequences - 1, 0) * 8, 1)
+        last = np.fromfile(file, dtype=np.int64, count=min(sequences, 1))  # byte at which the last sequence starts
         bounds = np.fromfile(file, dtype=np.int64, count=documents)
-    if documents < 1 or int(bounds[-1]) != sequences:
+    if documents < 1 or (int(bounds[0]), int(bounds[-1])) != (0, sequences) or (bounds[1:] < bounds[:-1]).any():
         raise ValueError(
-            f"{idx}: its documents end at sequence {bounds[-1:].tolist()}, but it has {sequences} sequences"
+            f"{idx}: its documents go from sequence {bounds[:1].tolist()} to {bounds[-1:].tolist()}, which must rise "
+            f"from 0 to its {sequences} sequences"
         )
+    if lengths.min(initial=0) < 0:
+        raise ValueError(f"{idx}: sequence {int(lengths.argmin())} of {sequences} has {int(lengths.min())} tokens")
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # int64 [sequences + 1]
     needed = int(starts[-1]) * DType.size(code)
+    if sequences and int(last[0]) != needed - int(lengths[-1]) * DType.size(code):
+        raise ValueError(
+            f"{idx}: its last sequence starts at byte {int(last[0])}, after the others comes byte "
+            f"{needed - int(lengths[-1]) * DType.size(code)}; an index of parts of a .bin is not read, copy the parts"
+        )
     found = binary.stat().st_size
     if found < needed:
         raise ValueError(f"{binary}: {found} bytes, but {idx.name} describes {needed} bytes of tokens")

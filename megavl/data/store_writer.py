@@ -1,14 +1,16 @@
 """Write a store (see `megavl/data/store.py`), complete or not at all.
 
 In: samples as token ids, learn flags and encoded images, in order. Out: the files at a prefix P. They grow in the
-folder `P.partial` and are moved to their names at the end, `.idx` last: without it nothing reads as a store. A build
-that fails leaves an older store at the same prefix as it was.
+folder `P.partial`, which one process at a time has locked, and are moved to their names at the end, `.idx` last:
+without it nothing reads as a store. A build that fails leaves an older store at the same prefix as it was.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+from array import array
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +23,8 @@ from megavl.data.sample import Rejected
 
 LEARN, IMAGES, IMAGE_OFFSETS, IMAGE_COUNTS = ".learn.bin", ".images.bin", ".images.idx.npy", ".image_counts.npy"
 MANIFEST = ".manifest.json"
+FORMAT = "megavl store 1"
+_LOCK = "lock"
 MAX_LISTED = 10_000
 """Rejected inputs that the manifest names; all are counted."""
 
@@ -49,30 +53,45 @@ class StoreWriter:
             overwrite: replace an existing store when finishing.
 
         Raises:
-            ValueError: there is a store at `prefix` and `overwrite` is off.
+            ValueError: there is a store at `prefix` and `overwrite` is off, or another process is building it.
         """
         self.prefix = str(prefix)
         if Path(self.prefix + ".idx").exists() and not overwrite:
             raise ValueError(f"{self.prefix}: there is a store already; remove it, or ask to overwrite it")
         self._manifest: dict[str, Any] = {
-            "format": "megavl store 1",
+            "format": FORMAT,
             "kind": kind,
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "template": template,
             "template_fingerprint": template_fingerprint,
         }
         self._folder = Path(self.prefix + ".partial")
-        shutil.rmtree(self._folder, ignore_errors=True)  # what a killed build left
-        self._folder.mkdir(parents=True)
+        self._take_folder()
         self._multimodal = kind != "text"
         self._builder = IndexedDatasetBuilder(str(self._folder / ".bin"), dtype=np.int32)
+        # 12 bytes a sample; the lists of Python numbers that they replace take 72.
+        self._builder.sequence_lengths, self._builder.document_indices = array("i"), array("q", [0])
         self._learn: BinaryIO | None = (self._folder / LEARN).open("wb") if self._multimodal else None
         self._images: BinaryIO | None = (self._folder / IMAGES).open("wb") if self._multimodal else None
-        self._image_offsets = [0]
-        self._image_counts: list[int] = []
+        self._image_offsets, self._image_counts = array("q", [0]), array("i")
         self._rejected: list[Rejected] = []
         self.counts = {"samples": 0, "tokens": 0, "learnt_tokens": 0, "images": 0, "largest_id": -1, "rejected": 0}
         """Totals so far."""
+
+    def _take_folder(self) -> None:
+        """Lock the folder for this process and clear it of what a killed build left."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._folder / _LOCK).open("w")
+        try:
+            fcntl.lockf(
+                self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # of this process alone: forked workers do not hold it
+        except BlockingIOError:
+            self._lock.close()
+            raise ValueError(f"{self.prefix}: another process is building this store in {self._folder}") from None
+        for left in self._folder.iterdir():
+            if left.name != _LOCK:
+                left.unlink()
 
     def add(
         self, tokens: NDArray[np.integer], learn: NDArray[np.bool_] | None = None, images: list[bytes] | None = None
@@ -130,7 +149,7 @@ class StoreWriter:
             self._images.close()
             np.save(self._folder / IMAGE_OFFSETS, np.array(self._image_offsets, dtype=np.int64))
             np.save(self._folder / IMAGE_COUNTS, np.array(self._image_counts, dtype=np.int32))
-        sizes = {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())}
+        sizes = {path.name: path.stat().st_size for path in sorted(self._folder.iterdir()) if path.name != _LOCK}
         rejected = [{"input": r.origin, "reason": r.reason} for r in self._rejected]
         manifest = {**self._manifest, "counts": self.counts, "file_sizes": sizes, "rejected": rejected}
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
@@ -147,7 +166,8 @@ class StoreWriter:
         for suffix in (".bin", LEARN, IMAGES, IMAGE_OFFSETS, IMAGE_COUNTS, MANIFEST, ".idx"):
             if (self._folder / suffix).exists():
                 os.replace(self._folder / suffix, self.prefix + suffix)
-        self._folder.rmdir()
+        shutil.rmtree(self._folder)
+        self._lock.close()
 
     def abort(self) -> None:
         """Remove what was written; an older store at the prefix stays as it is."""
@@ -156,6 +176,7 @@ class StoreWriter:
                 with contextlib.suppress(OSError):  # on a full disk, closing fails to flush
                     file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
 
     def __enter__(self) -> "StoreWriter":
         return self

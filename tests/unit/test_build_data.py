@@ -2,9 +2,12 @@
 
 import io
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -312,6 +315,51 @@ def test_a_worker_that_dies_ends_the_build() -> None:
     results = build.encode_all(die_at_40, CountingItems(1_000), workers=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a worker process died"):
         list(results)
+
+
+def _encode_for_ever(pids: Any) -> None:
+    pids.put(os.getpid())
+    list(build.encode_all(TellPid(pids), CountingItems(10**9), workers=1))  # type: ignore[arg-type]
+
+
+class TellPid:
+    """An encoder that says once in which process it works."""
+
+    def __init__(self, pids: Any) -> None:
+        self._pids, self._told = pids, False
+
+    def __call__(self, item: Any) -> Any:
+        if not self._told:
+            self._pids.put(os.getpid())
+            self._told = True
+        return item
+
+
+def test_workers_end_with_a_main_process_that_was_killed() -> None:
+    pids = multiprocessing.get_context("fork").SimpleQueue()
+    main = multiprocessing.get_context("fork").Process(target=_encode_for_ever, args=(pids,))
+    main.start()
+    assert pids.get() == main.pid
+    worker = pids.get()
+    main.kill()
+    main.join()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{worker}").exists() and "State:\tZ" not in Path(f"/proc/{worker}/status").read_text():
+        if time.monotonic() > deadline:
+            os.kill(worker, signal.SIGKILL)
+            raise AssertionError(f"worker {worker} outlives its main process")
+        time.sleep(0.02)
+
+
+def test_sigterm_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(folder / "a.jsonl", captions(3))
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(StoreWriter, "add", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert run(folder, "captions", inputs=("a.jsonl",)) == 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert not list(folder.glob("s.*"))
 
 
 def test_a_summary_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

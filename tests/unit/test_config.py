@@ -51,6 +51,10 @@ def test_sizes_are_consistent(size: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
+        ("model.decoder.layers", 0, ["model.decoder.layers 0 is not above 0"]),
+        ("model.decoder.norm_eps", 0.0, ["model.decoder.norm_eps 0.0 is not above 0"]),
+        ("model.siglip.patch_size", 0, ["model.siglip.patch_size 0 is not above 0"]),
+        ("model.sam.window", -2, ["model.sam.window -2 is not above 0"]),
         ("model.decoder.heads", 3, ["hidden 128", "heads 3"]),
         ("model.decoder.kv_heads", 3, ["heads 4", "kv_heads 3"]),
         ("model.siglip.patch_size", 5, ["image_size 32", "patch_size 5"]),

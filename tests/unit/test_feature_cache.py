@@ -122,6 +122,17 @@ def test_bytes_are_counted_by_one_process_at_a_time(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("lock", ["", "12x"])
+def test_a_lost_count_is_made_anew(tmp_path: Path, lock: str) -> None:
+    """A process may end between emptying the file and writing to it; counting from 0, the folder could grow twice."""
+    cache = FeatureCache(tmp_path, ROOMY, "weights")
+    check(cache, images(4))
+    (tmp_path / "lock").write_text(lock)
+    check(cache, images(1, seed=1))
+    held = sum(p.stat().st_size for p in tmp_path.iterdir() if p.name != "lock")
+    assert int((tmp_path / "lock").read_text()) == held
+
+
 def test_a_folder_that_cannot_be_written_is_left_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -274,6 +274,13 @@ def test_json_and_json_lines_give_the_same_records(tmp_path: Path) -> None:
     assert [item.content for item in items(tmp_path / "chat.json")] == [REFERENCE]
 
 
+def test_a_file_of_brackets_is_one_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    (fault,) = read_records(tmp_path / "a.json")
+    assert isinstance(fault, Rejected)
+    assert "recursion" in fault.reason
+
+
 def items(path: Path) -> list[Item]:
     found = list(read_records(path))
     assert all(isinstance(item, Item) for item in found)

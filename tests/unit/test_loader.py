@@ -325,6 +325,13 @@ def test_bad_divisions_and_names_are_errors(sources: dict[str, SourceConfig]) ->
         load(make_recipe((sources["pictures"], sources["pictures"])))
 
 
+def test_a_language_source_holds_no_images(sources: dict[str, SourceConfig]) -> None:
+    """Its steps would be dealt without a look at the images."""
+    recipe = make_recipe((replace(sources["pictures"], modality="language"),), seq_length=80)
+    with pytest.raises(ValueError, match=rf"source pictures: modality language, but .* hold {sum(IMAGES)} images"):
+        load(recipe)
+
+
 @pytest.mark.parametrize("name", ["text", "pictures"])
 @pytest.mark.parametrize("virtual", [1, 2])
 def test_validation_reads_the_first_rows_in_order(sources: dict[str, SourceConfig], name: str, virtual: int) -> None:

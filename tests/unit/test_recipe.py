@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,3 +120,57 @@ def test_json_of_another_version(tmp_path: Path, recipe_file: Path) -> None:
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(ValueError, match=r"b\.json"):
         load_recipe_json(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "sentence"),
+    [
+        ('"cosine"', '"multi_step"', r"optim.schedule is 'multi_step', it can be 'cosine', 'multistep', 'constant'"),
+        ("steps=10", "steps=10.5", r"stage.steps is 10.5, not of type int"),
+        ("steps=10", 'steps="10"', r"stage.steps is '10', not of type int"),
+        ("number=2", "number=4", r"stage.number is 4, it can be 0, 1, 2, 3"),
+        ("number=2", "number=True", r"stage.number is True, it can be 0, 1, 2, 3"),
+        ("lr=1e-3", 'lr=float("nan")', r"optim.lr is nan, not a finite number"),
+        ("share=0.3", "share=None", r"data.sources.1.share is None, not of type float"),
+        ("(text, images)", "[text, images]", r"data.sources is \[SourceConfig.*, not a tuple"),
+        ('SIZES["@"]', '"tiny"', r"model is 'tiny', not a ModelConfig"),
+    ],
+)
+def test_values_of_other_types(tmp_path: Path, right: str, wrong: str, sentence: str) -> None:
+    """Dataclasses take anything, and a misspelt choice would be taken for the one that code tests last."""
+    assert right in FILE
+    (tmp_path / "r.py").write_text(FILE.replace(right, wrong).replace("@", "tiny"))
+    with pytest.raises(ValueError, match=rf"r.py: {sentence}$"):
+        load_recipe(tmp_path / "r.py")
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "sentence"),
+    [
+        ("", [], r"the recipe is \[\], not a Recipe"),
+        ("model", 3, r"model is 3, not a ModelConfig"),
+        ("data", None, r"data is None, not a DataConfig"),
+        ("background", [1, 2], r"model.background is \(1, 2\), not a tuple of 3 values"),
+        ("sources", {"a": 1}, r"data.sources is \{'a': 1\}, not a tuple"),
+    ],
+)
+def test_json_of_other_types(tmp_path: Path, recipe_file: Path, section: str, value: Any, sentence: str) -> None:
+    content = json.loads(to_json(load_recipe(recipe_file)))
+    for holder in (content, content["model"], content["data"]):
+        if section in holder:
+            holder[section] = value
+    (tmp_path / "a.json").write_text(json.dumps(content if section else value))
+    with pytest.raises(ValueError, match=rf"a.json: {sentence}$"):
+        load_recipe_json(tmp_path / "a.json")
+
+
+def test_json_names_a_field_once(tmp_path: Path, recipe_file: Path) -> None:
+    text = to_json(load_recipe(recipe_file)).replace('"steps": 10', '"steps": 10, "steps": 20')
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a.json: the field steps occurs twice"):
+        load_recipe(tmp_path / "a.json")
+
+
+def test_not_a_number_on_the_command_line(recipe_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"the command line: optim.clip is inf, not a finite number"):
+        override(load_recipe(recipe_file), ["--optim.clip", "inf"])

@@ -240,3 +240,76 @@ def test_a_store_without_samples_is_refused(tmp_path: Path) -> None:
     ):
         writer.finish()
     assert list(tmp_path.iterdir()) == []
+
+
+def _hold(prefix: Path, ready: Any, done: Any) -> None:
+    writer = StoreWriter(prefix, kind="text", tokenizer_fingerprint=FINGERPRINT)
+    writer.add(np.full(10, 7))
+    ready.set()
+    done.wait(600)
+    writer.finish()
+
+
+def test_two_processes_do_not_build_one_store(tmp_path: Path) -> None:
+    """They used to share the folder: lengths of one with the tokens of the other."""
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    child = context.Process(target=_hold, args=(tmp_path / "s", ready, done))
+    child.start()
+    assert ready.wait(600)
+    with pytest.raises(ValueError, match=r"s: another process is building this store in .*s.partial"):
+        StoreWriter(tmp_path / "s", kind="text", tokenizer_fingerprint=FINGERPRINT)
+    done.set()
+    child.join(600)
+    assert Store(tmp_path / "s").tokens(0).tolist() == [7] * 10
+    assert not (tmp_path / "s.partial").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"format": "megavl store 2"}'])
+def test_a_manifest_of_something_else(tmp_path: Path, text: str) -> None:
+    Path(f"{write(tmp_path / 's')}.manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"s.manifest.json: its format is .*, this version reads 'megavl store 1'"):
+        Store(tmp_path / "s")
+
+
+def corpus(prefix: Path, tokens: list[int], dtype: type = np.int32, **index: list[int]) -> Path:
+    """A bare pair of four sequences of two tokens, its index changed."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for pair in np.reshape(tokens, (4, 2)):
+        builder.add_document(torch.from_numpy(pair), [2])
+    for name, value in index.items():
+        setattr(builder, name, value)
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        ({"document_indices": [0, 3, 1, 4]}, r"c.idx: its documents go from sequence \[0\] to \[4\], which must rise"),
+        ({"document_indices": [1, 2, 3, 4]}, r"c.idx: its documents go from sequence \[1\] to \[4\], which must rise"),
+        ({"sequence_lengths": [2, -2, 4, 4]}, r"c.idx: sequence 1 of 4 has -2 tokens"),
+        ({"dtype": np.float32}, r"c.idx: its tokens are of type float32"),
+    ],
+)
+def test_an_index_that_contradicts_itself(tmp_path: Path, index: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Store(corpus(tmp_path / "c", list(range(8)), **index))
+
+
+def test_an_index_of_parts_of_the_tokens(tmp_path: Path) -> None:
+    """As tools make that drop documents without copying the rest; samples would be read in the wrong place."""
+    prefix = corpus(tmp_path / "c", list(range(8)))
+    content = bytearray(Path(f"{prefix}.idx").read_bytes())
+    pointers = 34 + 4 * 4
+    content[pointers : pointers + 32] = np.array([0, 16, 24, 8]).tobytes()
+    Path(f"{prefix}.idx").write_bytes(content)
+    with pytest.raises(ValueError, match=r"its last sequence starts at byte 8, after the others comes byte 24"):
+        Store(prefix)
+
+
+def test_a_negative_id(tmp_path: Path) -> None:
+    store = Store(corpus(tmp_path / "c", [0, 1, 2, -3, 4, 5, 6, 7]), vocab_size=8)
+    assert store.tokens(0).tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"c.bin: sample 1 holds id -3, the vocabulary has 8"):
+        store.tokens(1)

@@ -4,6 +4,7 @@ In: `BuildOptions`. Out: a store and its manifest, which names every input that 
 at the output prefix before the last step, and an older store there stays until then.
 """
 
+import ctypes
 import multiprocessing
 import signal
 import sys
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -188,8 +190,15 @@ def _batches(items: Iterable[Item | Rejected]) -> Iterator[list[Item | Rejected]
 _encoder: Encoder | None = None  # of this worker process
 
 
+_PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+
+
 def _start_worker(encoder: Encoder) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the main process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Workers hold both ends of the pipe that brings them work, so they would wait for a killed main process for ever.
+    with suppress(OSError, AttributeError):  # another system than Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     global _encoder
     _encoder = encoder
 

@@ -62,7 +62,7 @@ def read_records(path: Path, image_root: Path | None = None) -> Iterator[Item | 
         else:
             yield Rejected(str(path), f"not JSON ({error})")
         return
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: brackets a thousand deep
         yield Rejected(str(path), str(error))
         return
     if _is_record(loaded):
