@@ -145,6 +145,8 @@ def _choose_device(wish: str) -> torch.device:
             "start fewer processes per node or set parallel.device to `cpu`"
         )
     torch.cuda.set_device(local_rank)
+    # fp32 is fp32: unless told, cuDNN rounds what it multiplies to TF32 (by 5e-4; layouts are held to 1e-5).
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda", local_rank)
 
 
