@@ -102,7 +102,7 @@ def init_groups(parallel: ParallelConfig) -> Groups:
     timeout = timedelta(seconds=parallel.timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
-        _join_world(backend, device, timeout)
+        _join_world(backend, timeout)
     world_size, model_size = dist.get_world_size(), parallel.tensor * parallel.pipeline
     if world_size % model_size:
         raise ValueError(
@@ -152,17 +152,22 @@ def _choose_device(wish: str) -> torch.device:
             "start fewer processes per node or set parallel.device to `cpu`"
         )
     torch.cuda.set_device(local_rank)
+    # fp32 is fp32: unless told, cuDNN rounds what it multiplies to TF32 (by 5e-4; layouts are held to 1e-5).
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda", local_rank)
 
 
-def _join_world(backend: str, device: torch.device, timeout: timedelta) -> None:
-    """Initialise `torch.distributed` from torchrun's environment, or alone."""
-    device_id = device if device.type == "cuda" else None
+def _join_world(backend: str, timeout: timedelta) -> None:
+    """Initialise `torch.distributed` from torchrun's environment, or alone.
+
+    Without `device_id`, which would have NCCL connect every group at once: megatron-core forms 2,593 of them over 512
+    ranks (tensor 2, pipeline 4), all ranks would take part in each, and unbatched messages, as interleaved stages send
+    them, would wait for each other on the one communicator of their group.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _collect(parallel: ParallelConfig, device: torch.device, backend: str, timeout: timedelta) -> Groups:

@@ -5,7 +5,7 @@ Shapes: t tokens of a micro-batch, p positions per image, i images, S side of an
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,12 +119,10 @@ def recipe_batch(recipe: Recipe, groups: Groups, images: int, *, micro_batches: 
     Raises:
         ValueError: so many images do not fit into a row.
     """
+    rows = [(recipe.data.seq_length, images)] * recipe.stage.micro_batch
+    first = (step * groups.data_size + groups.data_rank) * micro_batches
     made = [
-        document_batch(
-            recipe,
-            [(recipe.data.seq_length, images)] * recipe.stage.micro_batch,
-            seed=(step * groups.data_size + groups.data_rank) * micro_batches + index,
-        )
+        replace(document_batch(recipe, rows, seed=first + index), images_before=index * images * len(rows))
         for index in range(micro_batches)
     ]
     return StepBatch(step=step, language_rows=0, micro_batches=tuple(made))

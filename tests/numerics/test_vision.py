@@ -188,6 +188,16 @@ def test_interpolation_stays_fp32_inside_a_bf16_model() -> None:
     assert (error <= 2**-8 * exact.abs() + 1e-6).all()  # rounded once, to the nearest bf16
 
 
+def test_convolutions_behind_the_necks_read_channels_last() -> None:
+    model = SIZES["tiny_hybrid"]
+    assert model.sam is not None
+    tower, seen = SamTower(model.sam), []
+    for conv in tower.downsamples:
+        conv.register_forward_pre_hook(lambda _, args: seen.append(args[0].stride(1)))
+    tower(torch.rand(1, 3, model.image_size, model.image_size))
+    assert seen == [1, 1]
+
+
 def test_two_runs_give_the_same_bits() -> None:
     runs = []
     for _ in range(2):

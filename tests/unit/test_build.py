@@ -1,6 +1,7 @@
-"""Layer splits, what the configuration says to megatron-core, and what is refused."""
+"""Layer splits, what the configuration says to megatron-core, and what is refused; what CUDA is told."""
 
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from megavl.config import ParallelConfig
 from megavl.model.build import split_layers, transformer_config
 from megavl.model.sizes import SIZES, count_parameters, count_unused_parameters
 from megavl.model.stage import Stage
-from megavl.parallel.groups import destroy_groups, init_groups
+from megavl.parallel.groups import _choose_device, _join_world, destroy_groups, init_groups
 
 CPU = torch.device("cpu")
 
@@ -132,3 +133,20 @@ def test_released_sizes_to_the_parameter(name: str) -> None:
     assert counted == {component: n for component, n in count_parameters(model).items() if n}
     total = {"1.3b": 1_975_235_584, "7b": 7_343_990_017}[name]
     assert sum(counted.values()) + count_unused_parameters(model) == total
+
+
+def test_fp32_is_fp32_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"is_available": True, "device_count": 1, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+    assert _choose_device("cuda") == torch.device("cuda", 0)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_nccl_connects_a_group_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: told.update(options))
+    _join_world("nccl", timedelta(seconds=60))
+    assert told["timeout"] == timedelta(seconds=60)
+    assert "device_id" not in told

@@ -287,9 +287,10 @@ def resize_bilinear(features: Tensor, side: int) -> Tensor:
     """Bilinear interpolation in fp32 (as `interpolate(align_corners=False)`): [i, c, g, g] -> [i, c, side, side].
 
     Written as two small matrix products: torch's own backward adds with atomics on CUDA, so that two runs differ.
+    Matrix products leave the channels-last layout of the necks, which the convolutions behind want: it is put back.
     """
     weights = interpolation_matrix(features.shape[-1], side, features.device)  # [side, g]
-    return (weights @ features.float() @ weights.T).to(features.dtype)
+    return (weights @ features.float() @ weights.T).to(features.dtype, memory_format=torch.channels_last)
 
 
 def interpolation_matrix(source: int, target: int, device: torch.device) -> Tensor:
