@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megavl.config import DecoderConfig
 from megavl.model.sizes import count_parameters
 from megavl.parallel.stage_plan import StagePlace, stage_plan
-from megavl.planning.costs import VISION, Case, ahead_parts, images_of_a_rank
+from megavl.planning.costs import VISION, Case, ahead_bytes, ahead_parts, images_ahead, images_of_a_rank
 from megavl.planning.hardware import GIB
 from megavl.planning.schedule import peak_held
 from megavl.training.flops import StepCounts
@@ -31,7 +31,7 @@ class RankMemory:
     gradients: float
     optimizer: float
     activations: float
-    """Kept between forward and backward passes, all micro-batches in flight."""
+    """Kept between forward and backward passes, all micro-batches in flight; on rank 0 features made ahead of them."""
     working: float
     """Short-lived: logits, attention scores of the towers."""
 
@@ -140,12 +140,15 @@ def _rank_memory(
         held += sum(vision[name] for name in ahead_parts(case))
     state = 8 + (4 if case.dtype == "bf16" else 0)
     sizes = [activation_bytes(case, place, counts) for place in places]
+    images = images_ahead(case, counts.images * micro_batches) if rank == 0 else 0
+    features = -(-images // case.parallel.tensor) * ahead_bytes(case)
     flights = min(micro_batches, 2 * len(places))  # more change nothing; a multiple of the pipeline where that is asked
     return RankMemory(
         parameters=case.element * held,
         gradients=4 * trained,
         optimizer=state * trained / (data if case.parallel.distributed_optimizer else 1),
-        activations=peak_held(rank, case.parallel.pipeline, case.parallel.virtual_pipeline, [sizes] * flights),
+        activations=features
+        + peak_held(rank, case.parallel.pipeline, case.parallel.virtual_pipeline, [sizes] * flights),
         working=_working_bytes(case, counts, mine),
     )
 
@@ -156,7 +159,8 @@ def _working_bytes(case: Case, counts: StepCounts, mine: list[StagePlace]) -> fl
     plain = dataclasses.replace(case, parallel=dataclasses.replace(parallel, recompute="none"))
     largest = layer_bytes(plain, counts.tokens)
     if sam is not None and counts.images and (mine[0].first or ahead_parts(case)):
-        images = images_of_a_rank(case, "sam", counts.images)
+        ahead = "sam" in ahead_parts(case)
+        images = parallel.vision_batch if ahead else images_of_a_rank(case, "sam", counts.images)
         scores = 0 if case.fused("sam_attention") else 3 * sam.heads * sam.grid**4
         largest = max(largest, images * case.element * (scores + 10 * sam.grid**2 * sam.width))
     if mine[-1].last:
