@@ -27,8 +27,8 @@ SIMULATED = 8
 """Best plans that are certainly run on paper."""
 MARGIN = 0.05
 """How much faster than by the closed form a plan may be and still be found. Of 876 plans the simulation was more than
-4.5% faster only where micro-batches were hardly more than ranks, which is slow anyway. It may be slower by far, 21% with
-chunks of unequal length, so that many more than the best are simulated there."""
+4.5% faster only where micro-batches were hardly more than ranks, which is slow anyway. It may be slower by far, 21%
+with chunks of unequal length, so that many more than the best are simulated there."""
 
 
 @dataclass(frozen=True, kw_only=True)
