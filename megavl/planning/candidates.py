@@ -15,6 +15,8 @@ CHUNKS = (1, 2, 3, 4, 5)
 """Chunks per rank that are tried."""
 MICRO_BATCHES = (1, 2, 4, 8)
 """Rows per forward pass that are tried."""
+PLACEMENTS = ("replicate", "split_tensor", "split_model")
+"""`parallel.vision`, simplest first."""
 RECOMPUTE = ("none", "selective", "full")
 """`parallel.recompute`, least first."""
 Recomputation = tuple[int, bool]

@@ -101,7 +101,7 @@ def part_costs(case: Case, counts: StepCounts) -> dict[str, PartCost]:
     """
     costs = {}
     for name, (forward, both) in _vision_work(case).items():
-        images = images_of_a_rank(case, name, counts.images)
+        images = images_of_a_rank(case, counts.images)
         seconds = images * _sam_memory_s(case) if name == "sam" else 0.0
         again = forward if name == "siglip" and case.parallel.recompute_vision and both > forward else 0.0
         costs[name] = _cost(case, name, images * forward, images * (both - forward + again), seconds)
@@ -178,12 +178,9 @@ def images_ahead(case: Case, images: int) -> int:
     return min(images, case.parallel.tensor * ((case.parallel.vision_ahead_mib << 20) // held)) if held else 0
 
 
-def images_of_a_rank(case: Case, part: str, images: int) -> int:
+def images_of_a_rank(case: Case, images: int) -> int:
     """Images that one tensor rank of the first stage computes in a micro-batch, by vision placement."""
-    vision = str(case.parallel.vision)
-    if vision == "split_tensor" or (vision == "split_model" and part == "siglip" and "siglip" in case.trained):
-        return -(-images // case.parallel.tensor)
-    return images
+    return images if str(case.parallel.vision) == "replicate" else -(-images // case.parallel.tensor)
 
 
 def transfer_s(case: Case, tokens: int) -> float:

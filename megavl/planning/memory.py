@@ -102,17 +102,17 @@ def vision_bytes(case: Case, images: int) -> float:
     if "siglip" in trained:
         tower = model.siglip
         per_layer = tower.width if case.parallel.recompute_vision else 8 * tower.width + 2 * tower.mlp
-        elements += images_of_a_rank(case, "siglip", images) * tower.layers * tower.grid**2 * per_layer
+        elements += images_of_a_rank(case, images) * tower.layers * tower.grid**2 * per_layer
     if "sam_adaptor" in trained and model.sam is not None:
         sam = model.sam
         first, second = (sam.upsample // 2) ** 2 * sam.downsample[0], (sam.upsample // 4) ** 2 * sam.downsample[1]
         branch = sam.grid**2 * (sam.width + 4 * sam.neck)
         path = sam.upsample**2 * sam.neck + first + second  # twice: main and side branch
-        elements += images_of_a_rank(case, "sam_adaptor", images) * (branch + 2 * path)
+        elements += images_of_a_rank(case, images) * (branch + 2 * path)
     if "aligner" in trained:
         high = model.sam.downsample[1] if model.sam is not None else 0
         width = model.siglip.width + high + 3 * model.decoder.hidden
-        elements += images_of_a_rank(case, "aligner", images) * model.tokens_per_image * width
+        elements += images_of_a_rank(case, images) * model.tokens_per_image * width
     return case.element * elements
 
 
@@ -160,7 +160,7 @@ def _working_bytes(case: Case, counts: StepCounts, mine: list[StagePlace]) -> fl
     largest = layer_bytes(plain, counts.tokens)
     if sam is not None and counts.images and (mine[0].first or ahead_parts(case)):
         ahead = "sam" in ahead_parts(case)
-        images = parallel.vision_batch if ahead else images_of_a_rank(case, "sam", counts.images)
+        images = parallel.vision_batch if ahead else images_of_a_rank(case, counts.images)
         scores = 0 if case.fused("sam_attention") else 3 * sam.heads * sam.grid**4
         largest = max(largest, images * case.element * (scores + 10 * sam.grid**2 * sam.width))
     if mine[-1].last:

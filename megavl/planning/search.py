@@ -14,7 +14,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megavl.config import ParallelConfig
-from megavl.planning.candidates import RECOMPUTE, Recomputation, layouts, placements, recomputations, with_parallel
+from megavl.planning.candidates import (
+    PLACEMENTS,
+    RECOMPUTE,
+    Recomputation,
+    layouts,
+    placements,
+    recomputations,
+    with_parallel,
+)
 from megavl.planning.costs import Case
 from megavl.planning.estimate import Batch, StepEstimate, Workload, estimate_step, stage_loads
 from megavl.planning.hardware import GIB
@@ -208,9 +216,8 @@ def _simulate_best(plans: Sequence[Plan], mix: Sequence[Workload]) -> list[Plan]
 def _order(plan: Plan) -> tuple[float, int, int, int, int]:
     """Faster first; of equals the simpler layout."""
     parallel = plan.case.parallel
-    ahead = ("replicate", "split_tensor", "split_model").index(parallel.vision)
-    ranks = parallel.tensor * parallel.pipeline
-    return plan.expected_s, ranks, parallel.virtual_pipeline, plan.batch.micro_batch, ahead
+    ranks, vision = parallel.tensor * parallel.pipeline, PLACEMENTS.index(parallel.vision)
+    return plan.expected_s, ranks, parallel.virtual_pipeline, plan.batch.micro_batch, vision
 
 
 def _with_split(case: Case, split: Sequence[int]) -> Case:

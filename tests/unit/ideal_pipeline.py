@@ -1,4 +1,4 @@
-"""A pipeline without what real ones have besides computing: the closed form of its step, and links that cost nothing."""
+"""A pipeline without what real ones have besides: the closed form of its step, and links that cost nothing."""
 
 import dataclasses
 import math
