@@ -141,9 +141,9 @@ def test_layout_auto_plans_what_stands_at_its_default(tmp_path: Path) -> None:
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, seq_length=4096, packing=True))
     for given, expected in (
         ({}, ("replicate", "full")),
-        ({"tensor": 2}, ("split_tensor", "none")),
-        ({"tensor": 2, "recompute": "selective"}, ("split_tensor", "selective")),
-        ({"tensor": 2, "vision": "split_model"}, ("split_model", "none")),
+        ({"tensor": 2}, ("split_model", "none")),
+        ({"tensor": 2, "recompute": "selective"}, ("split_model", "selective")),
+        ({"tensor": 2, "vision": "split_tensor"}, ("split_tensor", "none")),
     ):
         asked = dataclasses.replace(recipe, parallel=ParallelConfig(layout="auto", **given))
         resolved, plan = resolve_layout(asked, asked.parallel.tensor, "NVIDIA H200")
