@@ -65,13 +65,13 @@ class Hardware:
 # Data sheets (NVIDIA, per device): A100 80GB SXM, H100 SXM and H200 have 312, 989, 989 TFLOP/s of dense bf16 products,
 # 19.5, 67, 67 of fp32, 2.0, 3.35, 4.8 TB/s of memory, and 300, 450, 450 GB/s of NVLink in one direction. Links between
 # nodes: one adapter per device of 200 Gbit/s (DGX A100) or 400 Gbit/s (DGX H100, H200), that is 25 and 50 GB/s.
-# Measured here on an H200: 4.3 TB/s of a copy, 790 TFLOP/s of one large bf16 product.
+# Measured on an H200: 4.3 TB/s of a copy, 790 TFLOP/s of one large bf16 product.
 # Assumed: everything else. A training step reaches 45% of an H100's or H200's peak and 51% of an A100's; fp32 reaches
 # 60% and 77%; memory of the H100 and the A100 about 86%, links 73 to 80%.
 _HOPPER = Hardware(
     name="h200",
     gpu=True,
-    memory_gib=139,  # of 141 GB what the driver reports, 131 GiB or more; see `search.USABLE`
+    memory_gib=139,  # as the driver reports it; sold as 141 GB
     bf16_flops=450e12,
     fp32_flops=40e12,
     bandwidth=4.3e12,
