@@ -134,7 +134,8 @@ class ParallelConfig:
     """Model chunks per pipeline rank; more than one is the interleaved schedule."""
     layout: str = ""
     """Decoder layers per stage in pipeline order, such as `8,8,8,6` (pipeline*virtual stages); empty: an even split;
-    `auto`: planned at start from the stores' lengths and the machine's rates."""
+    `auto`: planned at start from the stores' lengths and the machine's rates, and with it, where they stand at their
+    defaults, `vision` and the least `recompute` and `recompute_vision` that fit; none of these changes the numbers."""
     sequence: bool = False
     """Sequence parallelism: activations between the tensor-parallel layers are cut along the sequence."""
     vision: VisionPlacement = "replicate"

@@ -6,9 +6,9 @@ r"""Plan a layout without a GPU: decoder layers per pipeline rank, time, paramet
     python tools/plan_pipeline.py --model 1.3b --calibrate here.json                      # time the modules here first
     python tools/plan_pipeline.py --model 7b --gpus 64 --calibration here.json
 
-What is not given is searched: tensor, pipeline, chunks per rank, rows per micro-batch. The layout with the shortest
-expected step over text and image steps that fits the memory is printed with the fields to paste into a recipe. Times
-are estimates: from assumed rates, or from a calibration.
+What is not given is searched: tensor, pipeline, chunks per rank, rows per micro-batch, who encodes the images, and the
+least recomputation that fits. The layout with the shortest expected step over text and image steps that fits the memory
+is printed with the fields to paste into a recipe. Times are estimates: from assumed rates, or from a calibration.
 
 Exit status: 0 if a plan was found that fits, 1 otherwise.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from megavl.config import ParallelConfig
 from megavl.model.sizes import SIZES
+from megavl.planning.candidates import RECOMPUTE
 from megavl.planning.costs import Case
 from megavl.planning.estimate import make_mix
 from megavl.planning.hardware import HARDWARE, Hardware, read_calibration
@@ -68,8 +69,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, default=4096, help="tokens of a row (default 4096)")
     parser.add_argument("--language-share", type=float, default=0.7, help="share of text steps (default 0.7)")
     parser.add_argument("--images", type=int, default=4, help="images in a row of an image step (default 4)")
-    parser.add_argument("--vision", default="replicate", choices=("replicate", "split_tensor", "split_model"))
-    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
+    parser.add_argument(
+        "--vision", choices=("replicate", "split_tensor", "split_model"), help="keep it (default: searched)"
+    )
+    parser.add_argument("--recompute", choices=RECOMPUTE, help="keep it (default: the least that fits)")
+    parser.add_argument("--recompute-vision", choices=("True", "False"), help="keep it (default: only if it must be)")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--hardware", choices=HARDWARE, default="h200", help="assumed rates (default h200)")
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device instead of the hardware's")
@@ -90,18 +94,13 @@ def find(options: argparse.Namespace) -> list[Plan]:
         ValueError: a size or a share that cannot be, or nothing fits.
     """
     check(options)
-    sizes = {"tensor": options.tensor, "pipeline": options.pipeline, "virtual_pipeline": options.virtual}
-    given = {name: size for name, size in sizes.items() if size is not None}
+    fields = {"tensor": options.tensor, "pipeline": options.pipeline, "virtual_pipeline": options.virtual}
+    fields |= {"vision": options.vision, "recompute": options.recompute}
+    fields["recompute_vision"] = options.recompute_vision and options.recompute_vision == "True"
+    given = {name: value for name, value in fields.items() if value is not None}
     if options.tensor and options.pipeline:
         given.setdefault("virtual_pipeline", 1)  # a plain schedule, unless asked otherwise
-    parallel = ParallelConfig(
-        **given,
-        sequence=True,
-        vision=options.vision,
-        recompute=options.recompute,
-        distributed_optimizer=True,
-        overlap_grad_reduce=True,
-    )
+    parallel = ParallelConfig(**given, sequence=True, distributed_optimizer=True, overlap_grad_reduce=True)
     model_ranks = parallel.tensor * parallel.pipeline
     gpus = options.gpus or model_ranks
     if gpus % model_ranks:

@@ -101,7 +101,7 @@ def part_costs(case: Case, counts: StepCounts) -> dict[str, PartCost]:
     """
     costs = {}
     for name, (forward, both) in _vision_work(case).items():
-        images = images_of_a_rank(case, name, counts.images)
+        images = images_of_a_rank(case, counts.images)
         seconds = images * _sam_memory_s(case) if name == "sam" else 0.0
         again = forward if name == "siglip" and case.parallel.recompute_vision and both > forward else 0.0
         costs[name] = _cost(case, name, images * forward, images * (both - forward + again), seconds)
@@ -154,19 +154,33 @@ def ahead_s(case: Case, images: int) -> float:
     """
     if not ahead_parts(case) or not images:
         return 0.0
-    share = -(-images // (case.parallel.tensor * case.parallel.pipeline))
+    parallel = case.parallel
+    share = -(-images // (parallel.tensor * parallel.pipeline))
     forward = {name: work for name, (work, _) in _vision_work(case).items()}
     towers = sum(_cost(case, n, forward[n], 0.0, 0.0).forward_s for n in ahead_parts(case) if n in forward)
     memory = _sam_memory_s(case) if "sam" in ahead_parts(case) else 0.0
-    return share * (towers + memory)
+    # The first pipeline rank takes in what the others made, a message of each after every pass of the towers.
+    sent = (parallel.pipeline - 1) * share * ahead_bytes(case) / case.hardware.link(2 * parallel.tensor)
+    rounds = -(-share // parallel.vision_batch) if parallel.pipeline > 1 else 0
+    return share * (towers + memory) + sent + rounds * case.hardware.latency_s
 
 
-def images_of_a_rank(case: Case, part: str, images: int) -> int:
+def ahead_bytes(case: Case) -> int:
+    """Bytes of an image's features that run ahead: SAM's neck map and first global block, SigLIP's output."""
+    sam, siglip, parts = case.model.sam, case.model.siglip, ahead_parts(case)
+    elements = sam.grid**2 * (sam.neck + sam.width) if sam is not None and "sam" in parts else 0
+    return case.element * (elements + (siglip.grid**2 * siglip.width if "siglip" in parts else 0))
+
+
+def images_ahead(case: Case, images: int) -> int:
+    """Of a step's images on one data-parallel rank, those whose features fit `parallel.vision_ahead_mib`, about."""
+    held = ahead_bytes(case)
+    return min(images, case.parallel.tensor * ((case.parallel.vision_ahead_mib << 20) // held)) if held else 0
+
+
+def images_of_a_rank(case: Case, images: int) -> int:
     """Images that one tensor rank of the first stage computes in a micro-batch, by vision placement."""
-    vision = str(case.parallel.vision)
-    if vision == "split_tensor" or (vision == "split_model" and part == "siglip" and "siglip" in case.trained):
-        return -(-images // case.parallel.tensor)
-    return images
+    return images if str(case.parallel.vision) == "replicate" else -(-images // case.parallel.tensor)
 
 
 def transfer_s(case: Case, tokens: int) -> float:

@@ -13,6 +13,9 @@ from megavl.planning.simulate import Simulation, simulate
 from megavl.planning.split import StageLoad
 from megavl.training.flops import StepCounts, step_flops
 
+ROUNDS = 24
+"""Rounds of the pipeline (as many micro-batches as ranks) that are run on paper."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -120,9 +123,7 @@ def estimate_step(
     counts = workload.counts(batch.micro_batch)
     times = stage_times(case, counts)
     seconds = (
-        simulate_step(case, [times] * batch.micro_batches).step_s
-        if simulated
-        else _closed_form(case, times, batch.micro_batches)
+        _simulated(case, times, batch.micro_batches) if simulated else _closed_form(case, times, batch.micro_batches)
     )
     return StepEstimate(
         workload=workload,
@@ -145,13 +146,25 @@ def simulate_step(case: Case, micro_batches: Sequence[StageTimes]) -> Simulation
     )
 
 
+def _simulated(case: Case, times: StageTimes, micro_batches: int) -> float:
+    """Seconds of the schedule on paper; of a long one the first `ROUNDS` rounds, the others as long as the next."""
+    pipeline = case.parallel.pipeline
+    more = max(0, micro_batches // pipeline - ROUNDS)
+    short = simulate_step(case, [times] * (micro_batches - more * pipeline)).step_s
+    if not more:
+        return short
+    return short + more * (simulate_step(case, [times] * (micro_batches - (more - 1) * pipeline)).step_s - short)
+
+
 def _closed_form(case: Case, times: StageTimes, micro_batches: int) -> float:
-    """sum(t) + (m - 1) * max(t) over ranks; with v chunks per rank the other ranks are waited for 1/v as long."""
+    """sum(t) + (m - 1) * max(t) over ranks; with v chunks per rank the other ranks are waited for 1/v as long.
+
+    Plain stages send while nobody computes, at least when the pipeline fills and empties.
+    """
     pipeline, virtual = case.parallel.pipeline, case.parallel.virtual_pipeline
-    both = [seconds + (2 * times.transfer if virtual == 1 else 0.0) for seconds in times.both]
-    ranks = [sum(both[rank::pipeline]) for rank in range(pipeline)]
-    slowest = max(ranks)
-    return micro_batches * slowest + (sum(ranks) - slowest) / virtual
+    ranks = [sum(times.both[rank::pipeline]) for rank in range(pipeline)]
+    slowest, sent = max(ranks), 2 * (pipeline - 1) * times.transfer if virtual == 1 else 0.0
+    return micro_batches * slowest + (sum(ranks) - slowest) / virtual + sent
 
 
 def _reduce_s(case: Case, batch: Batch, memory: Sequence[RankMemory], last_backward: float) -> float:

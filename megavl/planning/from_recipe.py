@@ -1,7 +1,7 @@
 """From a recipe and a number of ranks to what the planner asks: setting, kinds of step, how the batch is cut.
 
 In: a recipe, its opened stores or none. Out: a `Case`, the mix of text and image steps with what a mean row of each
-holds, the `Batch`; and for `parallel.layout = "auto"` the recipe with the split written out.
+holds, the `Batch`; and for `parallel.layout = "auto"` the recipe with what was chosen written out.
 
 A measured calibration is used where the run folder has `calibration.json` (`tools/plan_pipeline.py --calibrate`).
 """
@@ -12,24 +12,28 @@ from pathlib import Path
 
 import numpy as np
 
-from megavl.config import Modality, Recipe, SourceConfig
+from megavl.config import Modality, ParallelConfig, Recipe, SourceConfig
 from megavl.data.rows import SampleStore, counted_lengths, reads_as_stream
 from megavl.data.store import Store
+from megavl.parallel.validate import check_layout
 from megavl.planning.costs import Case
 from megavl.planning.estimate import Batch, Workload
 from megavl.planning.hardware import HARDWARE, Hardware, read_calibration
-from megavl.planning.search import Plan, plan_layout, plan_split
+from megavl.planning.search import Plan, plan_sizes
 from megavl.training.flops import StepCounts
 
 CALIBRATION = "calibration.json"
 """File of the run folder that is used if it is there."""
+PLANNED = ("vision", "recompute", "recompute_vision")
+"""Fields of `parallel` that `layout = "auto"` chooses where they stand at their defaults."""
 
 
 def resolve_layout(recipe: Recipe, world_size: int, device: str) -> tuple[Recipe, Plan | None]:
     """Write out `parallel.layout = "auto"`; other recipes come back as they are.
 
-    Tensor, pipeline and virtual sizes and the micro-batch are the recipe's; the split is chosen. Every rank comes to
-    the same answer, as all of them read the same recipe, stores and calibration.
+    Tensor, pipeline and virtual sizes and the micro-batch are the recipe's. The split is chosen, and with it what
+    stands at its default of `PLANNED`. Every rank comes to the same answer, as all of them read the same recipe, stores
+    and calibration.
 
     Args:
         recipe: the run.
@@ -37,29 +41,39 @@ def resolve_layout(recipe: Recipe, world_size: int, device: str) -> tuple[Recipe
         device: name of the device, such as `NVIDIA H200`, or `cpu`.
 
     Returns:
-        The recipe to run and the plan behind it, None where nothing was to be planned.
+        The recipe to run and the plan behind it, None where nothing was planned.
 
     Raises:
         ValueError: there are more stages than layers, or a store cannot be read.
     """
     if recipe.parallel.layout != "auto":
         return recipe, None
-    parallel = recipe.parallel
-    sizes = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    parallel, plain = recipe.parallel, with_layout(recipe, "")
     stages = parallel.pipeline * parallel.virtual_pipeline
-    if min(sizes) < 1 or stages == 1 or world_size % (parallel.tensor * parallel.pipeline):
-        # Nothing to choose, or a mistake that `check_layout` names.
-        return dataclasses.replace(recipe, parallel=dataclasses.replace(parallel, layout="")), None
-    mix = recipe_mix(recipe, {source.name: Store(source.path) for source in recipe.data.sources})
-    batch = recipe_batch(recipe, world_size)
-    plan = plan_split(recipe_case(recipe, find_hardware(recipe, device)), mix, batch)
-    if plan is None:
+    if stages > recipe.model.decoder.layers:
         raise ValueError(
             f"parallel.layout auto: {stages} pipeline stages, but the model has {recipe.model.decoder.layers} layers"
         )
-    simulated = plan_layout(plan.case, mix, batch) if plan.batch.micro_batches % parallel.pipeline == 0 else plan
-    layout = plan.case.parallel.layout
-    return dataclasses.replace(recipe, parallel=dataclasses.replace(parallel, layout=layout)), simulated
+    if check_layout(plain, world_size) or not recipe.data.sources:  # mistakes that are named when the recipe is checked
+        return plain, None
+    mix = recipe_mix(recipe, {source.name: Store(source.path) for source in recipe.data.sources})
+    plan = plan_auto(recipe, find_hardware(recipe, device), mix, world_size)
+    return dataclasses.replace(recipe, parallel=plan.case.parallel), plan
+
+
+def plan_auto(recipe: Recipe, hardware: Hardware, mix: Sequence[Workload], gpus: int) -> Plan:
+    """What `parallel.layout = "auto"` comes to for a recipe whose sizes divide."""
+    default, given = ParallelConfig(), recipe.parallel
+    fixed = [name for name in PLANNED if getattr(given, name) != getattr(default, name)]
+    fixed += ["vision"] if given.vision_cache else []  # which belongs to one placement
+    plan = plan_sizes(recipe_case(recipe, hardware), mix, recipe_batch(recipe, gpus), fixed)
+    assert plan is not None, f"{given.pipeline} * {given.virtual_pipeline} stages"
+    return plan
+
+
+def with_layout(recipe: Recipe, layout: str) -> Recipe:
+    """The recipe with another `parallel.layout`."""
+    return dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, layout=layout))
 
 
 def find_hardware(recipe: Recipe, device: str) -> Hardware:

@@ -6,7 +6,6 @@ plan with, not measurements; whatever is computed from them is printed as an est
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,11 +62,17 @@ class Hardware:
         return self.fast_link if span <= self.node else self.slow_link
 
 
+# Data sheets (NVIDIA, per device): A100 80GB SXM, H100 SXM and H200 have 312, 989, 989 TFLOP/s of dense bf16 products,
+# 19.5, 67, 67 of fp32, 2.0, 3.35, 4.8 TB/s of memory, and 300, 450, 450 GB/s of NVLink in one direction. Links between
+# nodes: one adapter per device of 200 Gbit/s (DGX A100) or 400 Gbit/s (DGX H100, H200), that is 25 and 50 GB/s.
+# Measured on an H200: 4.3 TB/s of a copy, 790 TFLOP/s of one large bf16 product.
+# Assumed: everything else. A training step reaches 45% of an H100's or H200's peak and 51% of an A100's; fp32 reaches
+# 60% and 77%; memory of the H100 and the A100 about 86%, links 73 to 80%.
 _HOPPER = Hardware(
     name="h200",
     gpu=True,
-    memory_gib=139,
-    bf16_flops=450e12,  # 45% of the data sheet's 989
+    memory_gib=139,  # as the driver reports it; sold as 141 GB
+    bf16_flops=450e12,
     fp32_flops=40e12,
     bandwidth=4.3e12,
     node=8,
@@ -103,11 +108,6 @@ HARDWARE: dict[str, Hardware] = {
     ),
 }
 """Assumed rates by name."""
-
-
-def ideal_links(hardware: Hardware) -> Hardware:
-    """The same machine with communication that costs nothing, to see what the schedule alone does."""
-    return dataclasses.replace(hardware, fast_link=math.inf, slow_link=math.inf, latency_s=0.0)
 
 
 def read_calibration(path: str | Path, base: Hardware) -> Hardware:

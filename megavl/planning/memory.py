@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megavl.config import DecoderConfig
 from megavl.model.sizes import count_parameters
 from megavl.parallel.stage_plan import StagePlace, stage_plan
-from megavl.planning.costs import VISION, Case, ahead_parts, images_of_a_rank
+from megavl.planning.costs import VISION, Case, ahead_bytes, ahead_parts, images_ahead, images_of_a_rank
 from megavl.planning.hardware import GIB
 from megavl.planning.schedule import peak_held
 from megavl.training.flops import StepCounts
@@ -31,7 +31,7 @@ class RankMemory:
     gradients: float
     optimizer: float
     activations: float
-    """Kept between forward and backward passes, all micro-batches in flight."""
+    """Kept between forward and backward passes, all micro-batches in flight; on rank 0 features made ahead of them."""
     working: float
     """Short-lived: logits, attention scores of the towers."""
 
@@ -102,17 +102,17 @@ def vision_bytes(case: Case, images: int) -> float:
     if "siglip" in trained:
         tower = model.siglip
         per_layer = tower.width if case.parallel.recompute_vision else 8 * tower.width + 2 * tower.mlp
-        elements += images_of_a_rank(case, "siglip", images) * tower.layers * tower.grid**2 * per_layer
+        elements += images_of_a_rank(case, images) * tower.layers * tower.grid**2 * per_layer
     if "sam_adaptor" in trained and model.sam is not None:
         sam = model.sam
         first, second = (sam.upsample // 2) ** 2 * sam.downsample[0], (sam.upsample // 4) ** 2 * sam.downsample[1]
         branch = sam.grid**2 * (sam.width + 4 * sam.neck)
         path = sam.upsample**2 * sam.neck + first + second  # twice: main and side branch
-        elements += images_of_a_rank(case, "sam_adaptor", images) * (branch + 2 * path)
+        elements += images_of_a_rank(case, images) * (branch + 2 * path)
     if "aligner" in trained:
         high = model.sam.downsample[1] if model.sam is not None else 0
         width = model.siglip.width + high + 3 * model.decoder.hidden
-        elements += images_of_a_rank(case, "aligner", images) * model.tokens_per_image * width
+        elements += images_of_a_rank(case, images) * model.tokens_per_image * width
     return case.element * elements
 
 
@@ -140,12 +140,15 @@ def _rank_memory(
         held += sum(vision[name] for name in ahead_parts(case))
     state = 8 + (4 if case.dtype == "bf16" else 0)
     sizes = [activation_bytes(case, place, counts) for place in places]
+    images = images_ahead(case, counts.images * micro_batches) if rank == 0 else 0
+    features = -(-images // case.parallel.tensor) * ahead_bytes(case)
     flights = min(micro_batches, 2 * len(places))  # more change nothing; a multiple of the pipeline where that is asked
     return RankMemory(
         parameters=case.element * held,
         gradients=4 * trained,
         optimizer=state * trained / (data if case.parallel.distributed_optimizer else 1),
-        activations=peak_held(rank, case.parallel.pipeline, case.parallel.virtual_pipeline, [sizes] * flights),
+        activations=features
+        + peak_held(rank, case.parallel.pipeline, case.parallel.virtual_pipeline, [sizes] * flights),
         working=_working_bytes(case, counts, mine),
     )
 
@@ -156,7 +159,8 @@ def _working_bytes(case: Case, counts: StepCounts, mine: list[StagePlace]) -> fl
     plain = dataclasses.replace(case, parallel=dataclasses.replace(parallel, recompute="none"))
     largest = layer_bytes(plain, counts.tokens)
     if sam is not None and counts.images and (mine[0].first or ahead_parts(case)):
-        images = images_of_a_rank(case, "sam", counts.images)
+        ahead = "sam" in ahead_parts(case)
+        images = parallel.vision_batch if ahead else images_of_a_rank(case, counts.images)
         scores = 0 if case.fused("sam_attention") else 3 * sam.heads * sam.grid**4
         largest = max(largest, images * case.element * (scores + 10 * sam.grid**2 * sam.width))
     if mine[-1].last:

@@ -16,15 +16,23 @@ from megavl.config import Recipe, validate
 from megavl.model.sizes import count_parameters
 from megavl.parallel.validate import check_layout
 from megavl.planning.data_check import DataReport, check_data
-from megavl.planning.from_recipe import find_hardware, recipe_batch, recipe_case, recipe_mix
+from megavl.planning.from_recipe import (
+    PLANNED,
+    find_hardware,
+    plan_auto,
+    recipe_batch,
+    recipe_case,
+    recipe_mix,
+    with_layout,
+)
 from megavl.planning.hardware import GIB, HARDWARE, Hardware, read_calibration
 from megavl.planning.report import plan_lines
-from megavl.planning.search import USABLE, Plan, plan_layout, plan_split
+from megavl.planning.search import USABLE, Plan, plan_layout, plan_sizes
 from megavl.recipe import parse_command_line
 from megavl.training.freeze import TRAINED
 
 FASTER = 0.01
-"""Another split is named if the given one takes this much longer."""
+"""Another split, placement or recomputation is named if the given one takes this much longer."""
 
 
 def dry_run(arguments: Sequence[str]) -> int:
@@ -101,23 +109,32 @@ def _hardware(recipe: Recipe, options: argparse.Namespace) -> Hardware:
 def _plan(recipe: Recipe, gpus: int, hardware: Hardware, data: DataReport) -> tuple[Plan | None, list[str], list[str]]:
     """The layout with its costs, what would be faster, and what is wrong with it."""
     auto = recipe.parallel.layout == "auto"
-    plain = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, layout="")) if auto else recipe
+    plain = with_layout(recipe, "") if auto else recipe
     problems = check_layout(plain, gpus)
     mix = recipe_mix(recipe, data.stores)
     if problems or not mix:
         return None, [], problems
-    case, batch = recipe_case(plain, hardware), recipe_batch(plain, gpus)
-    best = plan_split(case, mix, batch)
-    if best is None or (auto and best.case.parallel.pipeline == 1):
-        return plan_layout(case, mix, batch), [], []
-    best = plan_layout(best.case, mix, batch)
     if auto:
-        return best, [], []
-    plan = plan_layout(case, mix, batch)
+        return plan_auto(recipe, hardware, mix, gpus), [], []
+    case, batch = recipe_case(recipe, hardware), recipe_batch(recipe, gpus)
+    plan, best = plan_layout(case, mix, batch), plan_sizes(case, mix, batch)
+    assert best is not None, "more stages than layers"
+    return plan, _advice(plan, best), []
+
+
+def _advice(plan: Plan, best: Plan) -> list[str]:
+    """What would fit, or be faster, with the same sizes; nothing if `plan` is about as good."""
+    fields = [
+        f"parallel.{name} {getattr(best.case.parallel, name)}"
+        for name in ("layout", *PLANNED)
+        if getattr(best.case.parallel, name) != getattr(plan.case.parallel, name)
+    ]
     gain = plan.expected_s / best.expected_s - 1
-    layout = best.case.parallel.layout
-    advice = [f"parallel.layout {layout} is estimated to be {100 * gain:.1f}% faster"] if gain > FASTER else []
-    return plan, advice, []
+    if not fields or not best.fits():
+        return []
+    if not plan.fits():
+        return [f"with {', '.join(fields)} it is estimated to fit"]
+    return [f"{', '.join(fields)} is estimated to be {100 * gain:.1f}% faster"] if gain > FASTER else []
 
 
 def _memory_problems(plan: Plan) -> list[str]:

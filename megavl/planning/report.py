@@ -5,8 +5,9 @@ In: a `Plan`. Out: lines of text. Every time in them is an estimate, and the lin
 
 from collections.abc import Sequence
 
+from megavl.config import ParallelConfig
 from megavl.parallel.stage_plan import StagePlace, stage_plan
-from megavl.planning.costs import stage_times
+from megavl.planning.costs import Case, stage_times
 from megavl.planning.hardware import GIB
 from megavl.planning.search import Plan
 from megavl.training.flops import peak_flops
@@ -21,8 +22,8 @@ def plan_lines(plan: Plan) -> list[str]:
     lines = [
         f"layout {split}   ({sizes}; decoder layers per pipeline stage)",
         f"{batch.micro_batches} micro-batches of {batch.micro_batch} row(s) on each data-parallel rank, vision "
-        f"{parallel.vision}, recompute {parallel.recompute}",
-        f"times are estimates from {case.hardware.origin} ({case.hardware.name}); memory of {case.dtype} training",
+        f"{parallel.vision}, recompute {_recomputed(parallel)}",
+        _rates_line(case),
     ]
     return [*lines, *_rank_lines(plan), *step_lines(plan)]
 
@@ -73,14 +74,35 @@ def step_lines(plan: Plan) -> list[str]:
 
 def ranking_lines(plans: Sequence[Plan], count: int) -> list[str]:
     """The best plans side by side."""
-    lines = [f"{'tensor':>6} {'pipeline':>8} {'chunks':>6} {'rows':>4}  {'step ms':>9}  {'memory':>9}  layout"]
+    lines = [
+        f"{'tensor':>6} {'pipeline':>8} {'chunks':>6} {'rows':>4}  {'step ms':>9}  {'memory':>9}  {'vision':12}  "
+        "recompute  layout"
+    ]
     for plan in plans[:count]:
         parallel = plan.case.parallel
         lines.append(
             f"{parallel.tensor:6} {parallel.pipeline:8} {parallel.virtual_pipeline:6} {plan.batch.micro_batch:4}  "
-            f"{1e3 * plan.expected_s:9.1f}  {plan.peak_bytes / GIB:5.1f} GiB  {parallel.layout or 'all'}"
+            f"{1e3 * plan.expected_s:9.1f}  {plan.peak_bytes / GIB:5.1f} GiB  {parallel.vision:12}  "
+            f"{_recomputed(parallel):9}  {parallel.layout or 'all'}"
         )
     return lines
+
+
+def _rates_line(case: Case) -> str:
+    """Where the times come from."""
+    hardware, tera = case.hardware, case.hardware.flops("bf16" if case.dtype == "bf16" else "fp32") / 1e12
+    if hardware.measured:
+        return f"times are estimates, parts {hardware.origin}; links are assumed"
+    return (
+        f"times are estimates from assumed rates of {hardware.name}: {tera:.4g} TFLOP/s {case.dtype}, memory "
+        f"{hardware.bandwidth / 1e12:.3g} TB/s, links {hardware.fast_link / 1e9:g} GB/s in a node and "
+        f"{hardware.slow_link / 1e9:g} between nodes; `tools/plan_pipeline.py --calibrate` measures instead"
+    )
+
+
+def _recomputed(parallel: ParallelConfig) -> str:
+    """Both switches in words, such as `full+vision`."""
+    return parallel.recompute + "+vision" * parallel.recompute_vision
 
 
 def _layers(places: Sequence[StagePlace]) -> str:

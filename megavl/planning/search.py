@@ -3,16 +3,26 @@
 In: a `Case` whose layout is to be chosen, the kinds of step with their shares, ranks, rows of a step. Out: `Plan`s,
 best first. A static layout serves text steps and image steps alike, so what counts is the mean over the shares.
 
-Tried: tensor sizes that divide the model and stay within a node, pipeline sizes, chunks per rank, micro-batches. For
-each the split comes from `best_split` under what memory allows. All candidates are ranked by the closed form; the best
-few are then run on paper, which includes transfers as the schedule meets them.
+Tried: tensor sizes that divide the model and stay within a node, pipeline sizes, chunks per rank, micro-batches, vision
+placements and, for each of these, the least recomputation that fits. The split comes from `best_split` under what
+memory allows. All candidates are ranked by the closed form; the best are then run on paper, which includes transfers as
+the schedule meets them.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megavl.config import ParallelConfig
+from megavl.planning.candidates import (
+    PLACEMENTS,
+    RECOMPUTE,
+    Recomputation,
+    layouts,
+    placements,
+    recomputations,
+    with_parallel,
+)
 from megavl.planning.costs import Case
 from megavl.planning.estimate import Batch, StepEstimate, Workload, estimate_step, stage_loads
 from megavl.planning.hardware import GIB
@@ -21,12 +31,12 @@ from megavl.planning.split import best_split
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill; the rest is for the runtime, buffers of collectives, fragments."""
-SIMULATED = 6
-"""Candidates that are run on paper."""
-CHUNKS = (1, 2, 3, 4, 5)
-"""Chunks per rank that are tried."""
-MICRO_BATCHES = (1, 2, 4, 8)
-"""Rows per forward pass that are tried."""
+SIMULATED = 8
+"""Best plans that are certainly run on paper."""
+MARGIN = 0.05
+"""How much faster than by the closed form a plan may be and still be found. Of 876 plans the simulation was more than
+4.5% faster only where micro-batches were hardly more than ranks, which is slow anyway. It may be slower by far, 21%
+with chunks of unequal length, so that many more than the best are simulated there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,8 @@ class Plan:
     """One per kind of step."""
     memory: tuple[RankMemory, ...]
     """By pipeline rank, for the kind of step that takes most."""
+    squeezed: bool = False
+    """Whether ranks gave layers away to fit, so that recomputing more may be faster."""
 
     @property
     def expected_s(self) -> float:
@@ -84,7 +96,26 @@ def plan_split(case: Case, mix: Sequence[Workload], batch: Batch) -> Plan | None
     if limited is None:
         return plan
     other = plan_layout(_with_split(case, limited), mix, batch, simulated=False)
-    return other if other.fits() else plan
+    return dataclasses.replace(other, squeezed=True) if other.fits() else plan
+
+
+def plan_sizes(case: Case, mix: Sequence[Workload], batch: Batch, fixed: Collection[str] = ()) -> Plan | None:
+    """The best plan for the sizes of `case` and a cut of the batch; one that does not fit if none does.
+
+    Args:
+        case: the setting; its `layout` is chosen.
+        mix: kinds of step.
+        batch: how the global batch is cut.
+        fixed: fields of `case.parallel` to keep: `vision`, `recompute`, `recompute_vision`.
+
+    Returns:
+        None if there are more stages than layers.
+    """
+    plans = _plans(case, mix, batch, fixed)
+    fitting = [plan for plan in plans if plan.fits()]
+    if fitting:
+        return _simulate_best(fitting, mix)[0]
+    return min(plans, key=lambda plan: plan.peak_bytes, default=None)
 
 
 def search(
@@ -93,7 +124,7 @@ def search(
     *,
     gpus: int,
     global_batch: int,
-    fixed: Sequence[str] = (),
+    fixed: Collection[str] = (),
     micro_batch: int | None = None,
 ) -> list[Plan]:
     """Plans that fit the memory, best first.
@@ -103,17 +134,16 @@ def search(
         mix: kinds of step.
         gpus: ranks.
         global_batch: rows of a step over all ranks.
-        fixed: sizes of `case.parallel` to keep: `tensor`, `pipeline`, `virtual_pipeline`.
+        fixed: fields of `case.parallel` to keep: `tensor`, `pipeline`, `virtual_pipeline`, `vision`, `recompute`,
+            `recompute_vision`.
         micro_batch: rows per forward pass, None: to be chosen.
 
     Raises:
         ValueError: nothing divides, or nothing fits; says what came closest.
     """
-    plans = []
-    for candidate, batch in _candidates(case, gpus, global_batch, fixed, micro_batch):
-        plan = plan_split(candidate, mix, batch)
-        if plan is not None:
-            plans.append(plan)
+    plans: list[Plan] = []
+    for candidate, batch in layouts(case, gpus, global_batch, fixed, micro_batch):
+        plans += _plans(candidate, mix, batch, fixed)
     if not plans:
         raise ValueError(
             f"no layout divides {gpus} ranks and {global_batch} rows a step: stage.global_batch must be a multiple of "
@@ -122,67 +152,76 @@ def search(
     fitting = [plan for plan in plans if plan.fits()]
     if not fitting:
         least = min(plans, key=lambda plan: plan.peak_bytes)
+        used = least.case.parallel
+        kept = f"; kept as given: {', '.join(sorted(fixed))}" if fixed else ""
         raise ValueError(
-            f"no layout of {len(plans)} fits {case.hardware.memory_gib:g} GiB; the smallest needs "
-            f"{least.peak_bytes / USABLE / GIB:.1f} GiB (tensor {least.case.parallel.tensor}, pipeline "
-            f"{least.case.parallel.pipeline}, split {least.case.parallel.layout}); recompute more or take more ranks"
+            f"no layout of {len(plans)} fits {case.hardware.memory_gib:g} GiB, of which {100 * USABLE:.0f}% are "
+            f"planned with; the smallest needs {least.peak_bytes / GIB:.1f} GiB (tensor {used.tensor}, pipeline "
+            f"{used.pipeline}, split {used.layout or case.model.decoder.layers}, recompute {used.recompute}, vision "
+            f"{used.vision}){kept}; take more ranks or shorter rows"
         )
     return _simulate_best(fitting, mix)
 
 
-def _simulate_best(plans: Sequence[Plan], mix: Sequence[Workload]) -> list[Plan]:
-    """All plans, best first, of which the first `SIMULATED` have run on paper."""
-    ordered, done = sorted(plans, key=_order), 0
-    run: set[int] = set()
-    while done < min(SIMULATED, len(ordered)):
-        if id(ordered[done]) in run:
-            done += 1
+def _plans(case: Case, mix: Sequence[Workload], batch: Batch, fixed: Collection[str]) -> list[Plan]:
+    """For every vision placement the plans with as little recomputation as fits, or the one that is nearest to it."""
+    images = max(workload.row.images for workload in mix) * batch.micro_batch * batch.micro_batches
+    found: list[Plan] = []
+    for placed in placements(case, images, fixed):
+        found += _least_recomputed(placed, mix, batch, recomputations(placed, images, fixed))
+    return found
+
+
+def _least_recomputed(
+    case: Case, mix: Sequence[Workload], batch: Batch, choices: Sequence[Recomputation]
+) -> list[Plan]:
+    """Plans that fit and that none with less recomputation beats; where none fits, the one with the most."""
+
+    def planned(choice: Recomputation) -> Plan | None:
+        return plan_split(with_parallel(case, recompute=RECOMPUTE[choice[0]], recompute_vision=choice[1]), mix, batch)
+
+    least, most = planned(choices[0]), None
+    if least is None or len(choices) == 1 or (least.fits() and not least.squeezed):
+        return [least] if least is not None else []
+    most = planned(choices[-1])
+    assert most is not None, "recomputation does not change which splits exist"
+    if not most.fits():  # memory falls with recomputation, so none between fits
+        return [most]
+    fitting: list[Plan] = []
+    enough: list[Recomputation] = []
+    for choice in choices:
+        if any(choice[0] >= done[0] and choice[1] >= done[1] for done in enough):
             continue
-        ordered[done] = plan_layout(ordered[done].case, mix, ordered[done].batch)
-        run.add(id(ordered[done]))
-        ordered.sort(key=_order)
-        done = 0
-    return ordered
+        plan = least if choice == choices[0] else most if choice == choices[-1] else planned(choice)
+        if plan is not None and plan.fits():
+            fitting.append(plan)
+            if not plan.squeezed:
+                enough.append(choice)
+    return fitting
 
 
-def _order(plan: Plan) -> tuple[float, int, int, int]:
+def _simulate_best(plans: Sequence[Plan], mix: Sequence[Workload]) -> list[Plan]:
+    """All plans, best first, of which at least the first `SIMULATED` have run on paper."""
+    waiting, done = sorted(plans, key=_order, reverse=True), list[Plan]()
+    while waiting:
+        enough = len(done) >= SIMULATED
+        if enough and (1 - MARGIN) * waiting[-1].expected_s > done[SIMULATED - 1].expected_s:
+            break
+        plan = waiting.pop()
+        done.append(dataclasses.replace(plan_layout(plan.case, mix, plan.batch), squeezed=plan.squeezed))
+        done.sort(key=_order)
+    return sorted([*done, *waiting], key=_order)
+
+
+def _order(plan: Plan) -> tuple[float, int, int, int, int]:
     """Faster first; of equals the simpler layout."""
     parallel = plan.case.parallel
-    return plan.expected_s, parallel.tensor * parallel.pipeline, parallel.virtual_pipeline, plan.batch.micro_batch
-
-
-def _candidates(
-    case: Case, gpus: int, global_batch: int, fixed: Sequence[str], micro_batch: int | None
-) -> Iterator[tuple[Case, Batch]]:
-    """Every layout and cut of the batch that divides."""
-    decoder, given = case.model.decoder, case.parallel
-    shared = (decoder.heads, decoder.kv_heads, decoder.ffn, decoder.vocab)
-    tensors = [given.tensor] if "tensor" in fixed else range(1, case.hardware.node + 1)
-    for tensor in (t for t in tensors if not any(size % t for size in shared)):
-        pipelines = [given.pipeline] if "pipeline" in fixed else range(1, decoder.layers + 1)
-        for pipeline in (p for p in pipelines if gpus % (tensor * p) == 0):
-            data = gpus // (tensor * pipeline)
-            chunks = [given.virtual_pipeline] if "virtual_pipeline" in fixed else CHUNKS if pipeline > 1 else (1,)
-            for virtual in (v for v in chunks if v * pipeline <= decoder.layers):
-                for rows in [micro_batch] if micro_batch else MICRO_BATCHES:
-                    count, rest = divmod(global_batch, rows * data)
-                    if rest or not count or (virtual > 1 and count % pipeline):
-                        continue
-                    parallel = dataclasses.replace(
-                        given,
-                        tensor=tensor,
-                        pipeline=pipeline,
-                        virtual_pipeline=virtual,
-                        layout="",
-                        sequence=given.sequence and tensor > 1,
-                    )
-                    batch = Batch(micro_batch=rows, micro_batches=count, data=data)
-                    yield dataclasses.replace(case, parallel=parallel), batch
+    ranks, vision = parallel.tensor * parallel.pipeline, PLACEMENTS.index(parallel.vision)
+    return plan.expected_s, ranks, parallel.virtual_pipeline, plan.batch.micro_batch, vision
 
 
 def _with_split(case: Case, split: Sequence[int]) -> Case:
-    layout = ",".join(map(str, split)) if len(split) > 1 else ""
-    return dataclasses.replace(case, parallel=dataclasses.replace(case.parallel, layout=layout))
+    return with_parallel(case, layout=",".join(map(str, split)) if len(split) > 1 else "")
 
 
 def _memory(case: Case, mix: Sequence[Workload], batch: Batch) -> list[RankMemory]:
@@ -212,13 +251,9 @@ def _caps(plan: Plan, mix: Sequence[Workload]) -> list[int]:
 
 
 def parallel_fields(parallel: ParallelConfig, batch: Batch) -> list[str]:
-    """The fields of a recipe that make this plan, as options of a command line."""
-    default = ParallelConfig()
+    """The fields of a recipe that make this plan, as options of a command line; also those at their defaults."""
     names = ["tensor", "pipeline", "virtual_pipeline", "layout", "sequence", "vision", "recompute"]
     names += ["recompute_vision", "distributed_optimizer", "overlap_grad_reduce"]
-    fields = [
-        f"--parallel.{name} {getattr(parallel, name)}"
-        for name in names
-        if getattr(parallel, name) != getattr(default, name)
-    ]
+    values = {name: getattr(parallel, name) for name in names}
+    fields = [f"--parallel.{name} {value if value != '' else repr('')}" for name, value in values.items()]
     return [*fields, f"--stage.micro_batch {batch.micro_batch}", f"--stage.global_batch {batch.rows}"]

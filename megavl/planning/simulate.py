@@ -45,11 +45,6 @@ class Simulation:
         return [1 - self.busy_s(rank) / self.step_s for rank in range(self.pipeline)]
 
 
-def closed_form(stage_seconds: Sequence[float], micro_batches: int) -> float:
-    """Seconds of a 1F1B step of equal micro-batches: sum(t) + (m - 1) * max(t), t forward and backward of a stage."""
-    return sum(stage_seconds) + (micro_batches - 1) * max(stage_seconds)
-
-
 def simulate(
     forward: Sequence[Sequence[float]],
     backward: Sequence[Sequence[float]],

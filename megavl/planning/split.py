@@ -145,7 +145,7 @@ def _into_chunks(loads: Sequence[StageLoad], per_rank: Sequence[int], virtual: i
         seconds[0] += sum(load.share * load.first for load in loads) * (rank == 0)
         seconds[-1] += sum(load.share * load.last for load in loads) * (rank == ranks - 1)
         for _ in range(count - virtual):
-            chunk = seconds.index(min(seconds))
+            chunk = min(range(virtual), key=lambda at: (seconds[at], -at))
             seconds[chunk] += layer
             split[chunk * ranks + rank] += 1
     return tuple(split)

@@ -115,7 +115,11 @@ def _draw(plan: Plan, panels: list[_Panel], path: Path) -> None:
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("milliseconds (estimate); blue forward, orange backward, numbers are micro-batches", fontsize=8)
+    axes.set_xlabel(
+        "milliseconds (estimate); blue forward, orange backward, lighter for later chunks, white waiting; numbers are "
+        "micro-batches where they fit",
+        fontsize=8,
+    )
     figure.savefig(path)
 
 

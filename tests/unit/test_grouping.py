@@ -39,13 +39,18 @@ def compare(pipeline: int, data: int, micro_batches: int, *, fused: bool, packed
         (8, 32, 36, True, 3.2),
         (1, 512, 4, False, 5.1),
         (2, 256, 9, False, 4.5),
+        (4, 128, 18, False, 3.7),
     ],
 )
 def test_gain_of_whole_steps_over_shuffled_rows(
     pipeline: int, data: int, micro_batches: int, fused: bool, gain: float
 ) -> None:
-    """In per cent, against an independent simulation of other draws, hence half a per cent. That simulation's row of
-    128 ranks x 4 stages (2.4) is not reproduced: this one gives 3.9, and why is not known."""
+    """In per cent, against an independent simulation of other draws, hence half a per cent.
+
+    For 128 ranks x 4 stages that simulation says 2.4, and so does this one if rows hold 3 or 4 images instead of 3 to
+    6. By hand: of 128 ranks the fullest has 1.1 more of 18 micro-batches with images than of 32, each 2.5 of 192
+    layers, so that 2.3 becomes 3.7; here it is 3.4 to 4.1 over four seeds.
+    """
     shuffled, _, _, step = compare(pipeline, data, micro_batches, fused=fused)
     assert 100 * (shuffled.total / step.total - 1) == pytest.approx(gain, abs=0.5)
 

@@ -135,7 +135,34 @@ def test_layout_auto_is_written_out(tmp_path: Path) -> None:
         assert plan.case.parallel.layout == expected
 
 
-@pytest.mark.parametrize("parallel", [{}, {"layout": "auto"}, {"pipeline": 2, "layout": "1,3"}])
+def test_layout_auto_plans_what_stands_at_its_default(tmp_path: Path) -> None:
+    """All state of a 7B on one H200 leaves no room for activations; a field that says something else is kept."""
+    recipe = dataclasses.replace(small(tmp_path), model=SIZES["7b"])
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, seq_length=4096, packing=True))
+    for given, expected in (
+        ({}, ("replicate", "full")),
+        ({"tensor": 2}, ("split_model", "none")),
+        ({"tensor": 2, "recompute": "selective"}, ("split_model", "selective")),
+        ({"tensor": 2, "vision": "split_tensor"}, ("split_tensor", "none")),
+    ):
+        asked = dataclasses.replace(recipe, parallel=ParallelConfig(layout="auto", **given))
+        resolved, plan = resolve_layout(asked, asked.parallel.tensor, "NVIDIA H200")
+        assert (resolved.parallel.vision, resolved.parallel.recompute) == expected
+        assert plan is not None
+        assert plan.fits()
+        lines, _ = preflight.preflight(asked, asked.parallel.tensor, HARDWARE["h200"])
+        assert any(f"vision {expected[0]}, recompute {expected[1]}" in line for line in lines)
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(small(tmp_path), model=SIZES["7b"])
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, seq_length=4096, packing=True))
+    lines, problems = preflight.preflight(recipe, 1, HARDWARE["h200"])
+    assert any(problem.startswith("pipeline rank 0 needs") for problem in problems)
+    assert "with parallel.recompute full it is estimated to fit" in lines
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 3, "layout": "auto"}, {"pipeline": 2, "layout": "1,3"}])
 def test_nothing_to_plan(tmp_path: Path, parallel: dict[str, Any]) -> None:
     recipe = dataclasses.replace(small(tmp_path), parallel=ParallelConfig(**parallel))
     resolved, plan = resolve_layout(recipe, 2, "cpu")

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ideal_pipeline import closed_form
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
 from megavl.planning.schedule import peak_held, rank_tasks, warmup_passes
-from megavl.planning.simulate import Simulation, closed_form, simulate
+from megavl.planning.simulate import Simulation, simulate
 
 
 def uniform(pipeline: int, micro_batches: int, virtual: int = 1, transfer: float = 0.0) -> Simulation:
