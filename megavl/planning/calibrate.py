@@ -27,7 +27,7 @@ from megavl.model.attention import describe_documents
 from megavl.model.build import build_stages
 from megavl.model.stage import Stage
 from megavl.ops import make_ops
-from megavl.parallel.groups import destroy_groups, init_groups
+from megavl.parallel.groups import Groups, destroy_groups, init_groups
 from megavl.training.flops import StepCounts, decoder_flops, image_flops
 from megavl.training.freeze import COMPONENTS
 
@@ -53,15 +53,23 @@ def calibrate(model: ModelConfig, path: Path, *, tokens: int, device: str = "aut
         What was written.
     """
     groups = init_groups(ParallelConfig(device=device))  # type: ignore[arg-type]
+    written = time_parts(model, groups, tokens=tokens)
+    destroy_groups()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(written, indent=2) + "\n")
+    return written
+
+
+def time_parts(model: ModelConfig, groups: Groups, *, tokens: int) -> dict[str, Any]:
+    """What `calibrate` writes; `groups` are those of a world without tensor and pipeline ranks."""
     cuda = groups.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     single = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, layers=1))
     ops = make_ops(KernelsConfig(), groups.device, dtype)
     (stage,) = build_stages(single, ParallelConfig(), dtype=dtype, seed=1, pg=groups.pg, device=groups.device, ops=ops)
     seconds = {**_vision_seconds(stage, dtype), **_decoder_seconds(stage, tokens, dtype)}
-    destroy_groups()
     work = _work(single, tokens)
-    written = {
+    return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "cuda": cuda,
         "dtype": "bf16" if cuda else "fp32",
@@ -71,9 +79,6 @@ def calibrate(model: ModelConfig, path: Path, *, tokens: int, device: str = "aut
         "tokens": tokens,
         "parts": {name: {"work": work[name], "seconds": taken} for name, taken in seconds.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(written, indent=2) + "\n")
-    return written
 
 
 def _work(model: ModelConfig, tokens: int) -> dict[str, Seconds]:
@@ -161,9 +166,14 @@ def time_part(run: Callable[[], Tensor], device: torch.device) -> Seconds:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has nothing left to do."""
+    """Seconds, once the device has nothing left to do.
+
+    Of a single thread on the CPU those for which it computed: what others on the machine take does not count.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.thread_time()
     return time.perf_counter()
 
 
