@@ -11,9 +11,11 @@ Shapes: t tokens, h hidden, i = 1 image.
 
 import dataclasses
 import json
+import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,14 @@ from megavl.training.flops import StepCounts, decoder_flops, image_flops
 from megavl.training.freeze import COMPONENTS
 
 REPEATS = 5
-"""Timed runs of a part, after one that is not; the fastest counts, as others may have shared the machine."""
+"""Timed runs of a part, after one that is not; the median counts."""
 SAM_ADAPTOR = ("sam neck_hd", "sam convolutions", "sam_hd convolutions")
 """Terms of an image that belong to SAM's trained branch."""
 
 Seconds = dict[str, float]
 """`forward` and `backward`."""
+Timer = Callable[[Callable[[], Tensor]], Seconds]
+"""A part's forward pass -> how long it takes."""
 
 
 def calibrate(model: ModelConfig, path: Path, *, tokens: int, device: str = "auto") -> dict[str, Any]:
@@ -60,14 +64,26 @@ def calibrate(model: ModelConfig, path: Path, *, tokens: int, device: str = "aut
     return written
 
 
-def time_parts(model: ModelConfig, groups: Groups, *, tokens: int) -> dict[str, Any]:
-    """What `calibrate` writes; `groups` are those of a world without tensor and pipeline ranks."""
+def time_parts(
+    model: ModelConfig, groups: Groups, *, tokens: int, layers: int = 1, rest: float = 0.0
+) -> dict[str, Any]:
+    """What `calibrate` writes.
+
+    Args:
+        model: sizes.
+        groups: those of a world without tensor and pipeline ranks; each rank times for itself.
+        tokens: t, of the layers, the head and the embedding.
+        layers: of the decoder, built and timed in a row.
+        rest: sleep so many times as long after each pass (`training/dilated_clock.py`).
+    """
     cuda = groups.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    single = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, layers=1))
+    some = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, layers=layers))
     ops = make_ops(KernelsConfig(), groups.device, dtype)
-    (stage,) = build_stages(single, ParallelConfig(), dtype=dtype, seed=1, pg=groups.pg, device=groups.device, ops=ops)
-    seconds = {**_vision_seconds(stage, dtype), **_decoder_seconds(stage, tokens, dtype)}
+    (stage,) = build_stages(some, ParallelConfig(), dtype=dtype, seed=1, pg=groups.pg, device=groups.device, ops=ops)
+    timer = partial(time_part, device=groups.device, rest=rest)
+    seconds = {**_vision_seconds(stage, dtype, timer), **_decoder_seconds(stage, tokens, dtype, timer)}
+    single = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, layers=1))
     work = _work(single, tokens)
     return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -109,7 +125,7 @@ def _work(model: ModelConfig, tokens: int) -> dict[str, Seconds]:
     }
 
 
-def _vision_seconds(stage: Stage, dtype: torch.dtype) -> dict[str, Seconds]:
+def _vision_seconds(stage: Stage, dtype: torch.dtype, timer: Timer) -> dict[str, Seconds]:
     """Towers and adaptor on one image."""
     assert stage.first_stage is not None
     towers, adaptor = stage.first_stage.towers, stage.first_stage.adaptor
@@ -117,20 +133,20 @@ def _vision_seconds(stage: Stage, dtype: torch.dtype) -> dict[str, Seconds]:
     positions = model.tokens_per_image
     low = torch.rand(1, 3, model.siglip.image_size, model.siglip.image_size, device=device, dtype=dtype)
     low_features = torch.rand(1, positions, model.siglip.width, device=device, dtype=dtype, requires_grad=True)
-    seconds = {"siglip": time_part(lambda: towers.siglip(low), device)}
+    seconds = {"siglip": timer(lambda: towers.siglip(low))}
     high_features = None
     if model.sam is not None and towers.sam is not None:
         for name, parameter in stage.named_parameters():
             parameter.requires_grad_(stage.component_of(name) != "sam")
         sam, pixels = towers.sam, torch.rand(1, 3, model.image_size, model.image_size, device=device, dtype=dtype)
-        seconds["sam"] = seconds["sam_adaptor"] = time_part(lambda: sam(pixels), device)
+        seconds["sam"] = seconds["sam_adaptor"] = timer(lambda: sam(pixels))
         width = model.sam.downsample[1]
         high_features = torch.rand(1, positions, width, device=device, dtype=dtype, requires_grad=True)
-    seconds["aligner"] = time_part(lambda: adaptor(high_features, low_features), device)
+    seconds["aligner"] = timer(lambda: adaptor(high_features, low_features))
     return seconds
 
 
-def _decoder_seconds(stage: Stage, tokens: int, dtype: torch.dtype) -> dict[str, Seconds]:
+def _decoder_seconds(stage: Stage, tokens: int, dtype: torch.dtype, timer: Timer) -> dict[str, Seconds]:
     """Embedding, one layer, head with loss, on one document."""
     assert stage.first_stage is not None
     assert stage.last_stage is not None
@@ -140,29 +156,41 @@ def _decoder_seconds(stage: Stage, tokens: int, dtype: torch.dtype) -> dict[str,
     documents = describe_documents(batch, decoder.hidden // decoder.heads, decoder.rope_theta, dtype)
     hidden = torch.randn(tokens, 1, decoder.hidden, device=device, dtype=dtype, requires_grad=True)
 
-    def layer() -> Tensor:
-        return stage.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=documents)
+    def layers() -> Tensor:
+        out = hidden
+        for layer in stage.decoder.layers:
+            out, _ = layer(hidden_states=out, attention_mask=None, packed_seq_params=documents)
+        return out
 
+    def head() -> Tensor:
+        return last(stage.decoder.final_layernorm(hidden), batch.labels).sum()
+
+    in_a_row = timer(layers)
     return {
-        "embedding": time_part(lambda: first.embedding(batch.tokens), device),
-        "layer": time_part(layer, device),
-        "head": time_part(lambda: last(hidden, batch.labels).sum(), device),
+        "embedding": timer(lambda: first.embedding(batch.tokens)),
+        "layer": {name: seconds / len(stage.decoder.layers) for name, seconds in in_a_row.items()},
+        "head": timer(head),
     }
 
 
-def time_part(run: Callable[[], Tensor], device: torch.device) -> Seconds:
-    """Least seconds of a part's forward and of its backward pass."""
+def time_part(run: Callable[[], Tensor], device: torch.device, rest: float = 0.0) -> Seconds:
+    """Median seconds of a part's forward and of its backward pass."""
     taken: dict[str, list[float]] = {"forward": [], "backward": []}
+
+    def pass_s(function: Callable[[], Any]) -> tuple[Any, float]:
+        began = _now(device)
+        result = function()
+        seconds = _now(device) - began
+        time.sleep(rest * seconds)
+        return result, seconds
+
     for attempt in range(REPEATS + 1):
-        marks = [_now(device)]
-        out = run()
-        marks.append(_now(device))
-        out.backward(torch.ones_like(out))
-        marks.append(_now(device))
+        out, forward_s = pass_s(run)
+        _, backward_s = pass_s(lambda out=out: out.backward(torch.ones_like(out)))  # type: ignore[misc]
         if attempt:
-            taken["forward"].append(marks[1] - marks[0])
-            taken["backward"].append(marks[2] - marks[1])
-    return {direction: min(values) for direction, values in taken.items()}
+            taken["forward"].append(forward_s)
+            taken["backward"].append(backward_s)
+    return {direction: statistics.median(values) for direction, values in taken.items()}
 
 
 def _now(device: torch.device) -> float:
