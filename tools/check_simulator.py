@@ -2,66 +2,150 @@ r"""The schedule on paper (`megavl/planning/simulate.py`) beside megatron-core's
 
     torchrun --nproc-per-node 4 tools/check_simulator.py                # stages that sleep: the schedule alone
     torchrun --nproc-per-node 4 tools/check_simulator.py --unit-ms 20   # longer stages, so that messages count less
+    torchrun --nproc-per-node 4 tools/check_simulator.py --compute      # training steps of a model: costs as well
 
-Four processes exchange real messages through megatron-core's 1F1B and interleaved schedules; their stages sleep as long
-as a layer split says, so they do not compete for cores. Per split and kind of step: real, simulated, their ratio.
-Exit status: 0 if every ratio is within 15% and the splits of a pipeline size rank alike in both, 1 otherwise.
+Four processes exchange real messages through megatron-core's 1F1B and interleaved schedules. By default their stages
+sleep as long as a layer split says, so they do not compete for cores; the fastest of the repeats counts.
+
+With `--compute` they train: vision, decoder, loss, backward pass, reduction, optimizer. Each process rests after every
+pass until it was `--dilation` times slower than its core, so that few cores carry four ranks; means over the repeats
+count. Two forecasts stand beside the real time: `planned`, from times of single parts of the model measured here
+(`planning/calibrate.py`), as a plan is made; `scheduled`, from the times of the very passes that ran. If the first
+is off and the second is not, the costs are wrong (or another load changed the machine's pace between the two); if both
+are, the schedule is.
+
+Exit status: 0 if every ratio is within 15% and the layouts rank alike in both, 1 otherwise.
 """
 
 import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from statistics import fmean
+from typing import NamedTuple, TypeVar
+
+import torch
 
 from megavl.config import ParallelConfig
 from megavl.model.sizes import SIZES
 from megavl.parallel.groups import destroy_groups, init_groups
+from megavl.planning import dilated_steps
 from megavl.planning.emulate import KINDS, LAYOUTS, emulate_step, example_seconds
 from megavl.planning.simulate import simulate
 
+Layout = TypeVar("Layout")
 TOLERANCE = 0.15
-"""Of the ratio. Splits whose simulated times are closer than a tenth of it need not rank alike."""
+"""Of the ratios."""
+
+
+class Line(NamedTuple):
+    """One row of the table."""
+
+    comparable: str
+    """Rows with the same word here are ranked."""
+    name: str
+    """Layout and kind of step."""
+    real: float
+    """Seconds."""
+    forecasts: dict[str, float]
+    """Seconds, by name; the first one ranks the layouts."""
+
+    def ratios(self) -> dict[str, float]:
+        """Real over forecast."""
+        return {name: self.real / seconds for name, seconds in self.forecasts.items()}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status, the same on every rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--unit-ms", type=float, default=8.0, help="a decoder layer, both passes (default 8)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each step; the fastest counts (default 3)")
+    parser.add_argument("--unit-ms", type=float, default=8.0, help="a sleeping layer, both passes (default 8)")
+    parser.add_argument("--compute", action="store_true", help="train a small model instead of sleeping")
+    parser.add_argument("--dilation", type=float, default=4.0, help="with --compute: times slower (default 4)")
+    parser.add_argument("--repeats", type=int, help="rounds over all layouts (default 4; with --compute 2)")
     options = parser.parse_args(arguments)
-    small = SIZES["tiny"]
-    model = dataclasses.replace(small, decoder=dataclasses.replace(small.decoder, layers=30))
-    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    faults = []
-    own_rank = 0
-    for number, (pipeline, virtual, layout) in enumerate(LAYOUTS):
-        parallel = ParallelConfig(pipeline=pipeline, virtual_pipeline=virtual, layout=layout, device="cpu")
-        groups = init_groups(parallel)
-        for kind in KINDS:
-            times = example_seconds(layout, kind, unit_s=options.unit_ms / 1e3)
-            real = min(emulate_step(*times, model, parallel, groups) for _ in range(options.repeats))
-            simulated = simulate(*times, pipeline=pipeline, virtual=virtual).step_s
-            found.setdefault((kind, pipeline), []).append((simulated, real))
-            line = f"pipeline {pipeline} x {virtual}  {layout:16} {kind:6}"
-            line += f" real {1e3 * real:8.1f}  simulated {1e3 * simulated:8.1f}  ratio {real / simulated:.3f}"
-            if groups.rank == 0:
-                print(line, flush=True)
-            if abs(real / simulated - 1) > TOLERANCE:
-                faults.append(line)
-        own_rank = groups.rank
-        destroy_groups(leave_world=number == len(LAYOUTS) - 1)
-    for (kind, pipeline), pairs in found.items():
-        faults += [f"{kind} steps of pipeline {pipeline} rank differently" for _ in range(1) if not ranks_alike(pairs)]
-    if own_rank == 0:
+    torch.set_num_threads(1)
+    if options.compute:
+        rank, lines = training(options.dilation, options.repeats or 2)
+    else:
+        rank, lines = sleeping(options.unit_ms / 1e3, options.repeats or 4)
+    faults = [describe(line) for line in lines if any(abs(r - 1) > TOLERANCE for r in line.ratios().values())]
+    close = TOLERANCE / 3 if options.compute else TOLERANCE / 10
+    for group in dict.fromkeys(line.comparable for line in lines):
+        pairs = [(next(iter(li.forecasts.values())), li.real) for li in lines if li.comparable == group]
+        faults += [f"{group}: layouts rank differently"] if not ranks_alike(pairs, close) else []
+    if rank == 0:
+        print("\n".join(describe(line) for line in lines))
         print("\n".join(f"not as simulated: {fault}" for fault in faults) or "real and simulated agree")
     return int(bool(faults))
 
 
-def ranks_alike(pairs: Sequence[tuple[float, float]]) -> bool:
-    """Whether (simulated, real) pairs have one order, those apart that are too close to tell."""
-    return all(
-        (a[1] < b[1]) == (a[0] < b[0]) or abs(a[0] / b[0] - 1) < TOLERANCE / 10 for a in pairs for b in pairs if a != b
-    )
+def sleeping(unit_s: float, repeats: int) -> tuple[int, list[Line]]:
+    """Rank, and the table of stages that sleep; repeats go round, so that another load meets all layouts."""
+    small = SIZES["tiny"]
+    model = dataclasses.replace(small, decoder=dataclasses.replace(small.decoder, layers=30))
+    lines: dict[str, Line] = {}
+    rank = 0
+    for last, (pipeline, virtual, layout) in rounds(LAYOUTS, repeats):
+        parallel = ParallelConfig(pipeline=pipeline, virtual_pipeline=virtual, layout=layout, device="cpu")
+        groups = init_groups(parallel)
+        for kind in KINDS:
+            times = example_seconds(layout, kind, unit_s=unit_s)
+            real = emulate_step(*times, model, parallel, groups)
+            name = f"{describe_layout(parallel)} {kind:6}"
+            simulated = simulate(*times, pipeline=pipeline, virtual=virtual).step_s
+            least = min(real, lines[name].real) if name in lines else real
+            lines[name] = Line(f"{kind} steps of pipeline {pipeline}", name, least, {"simulated": simulated})
+        rank = groups.rank
+        destroy_groups(leave_world=last)
+    return rank, list(lines.values())
+
+
+def training(factor: float, repeats: int) -> tuple[int, list[Line]]:
+    """Rank, and the table of steps of a model; every repeat times the model's parts anew, just before its steps."""
+    found: dict[tuple[ParallelConfig, str], list[dilated_steps.StepPair]] = {}
+    rank = 0
+    for last, parallel in rounds(dilated_steps.LAYOUTS, repeats):
+        groups, pairs = dilated_steps.step_pairs(parallel, factor, leave_world=last)
+        rank = groups.rank
+        for kind, pair in pairs.items():
+            found.setdefault((parallel, kind), []).append(pair)
+    return rank, [
+        Line(
+            f"{kind} steps",
+            f"{describe_layout(parallel)} {kind:6}",
+            fmean(pair.real for pair in pairs),
+            {
+                "planned": fmean(pair.planned for pair in pairs),
+                "scheduled": fmean(pair.scheduled for pair in pairs),
+            },
+        )
+        for (parallel, kind), pairs in found.items()
+    ]
+
+
+def rounds(layouts: Sequence[Layout], repeats: int) -> list[tuple[bool, Layout]]:
+    """(is it the last one?, layout), all of them `repeats` times."""
+    every = [layout for _ in range(repeats) for layout in layouts]
+    return [(number == len(every) - 1, layout) for number, layout in enumerate(every)]
+
+
+def describe_layout(parallel: ParallelConfig) -> str:
+    """Sizes and split."""
+    tensor = f" tensor {parallel.tensor}" if parallel.tensor > 1 else ""
+    return f"pipeline {parallel.pipeline} x {parallel.virtual_pipeline}{tensor}  {parallel.layout:16}"
+
+
+def describe(line: Line) -> str:
+    """A row in words."""
+    forecasts = [
+        f"  {name} {1e3 * line.forecasts[name]:8.1f} ratio {ratio:.3f}" for name, ratio in line.ratios().items()
+    ]
+    return f"{line.name} real {1e3 * line.real:8.1f}" + "".join(forecasts)
+
+
+def ranks_alike(pairs: Sequence[tuple[float, float]], close: float) -> bool:
+    """Whether (simulated, real) pairs have one order, those apart whose simulated times differ by less than `close`."""
+    return all((a[1] < b[1]) == (a[0] < b[0]) or abs(a[0] / b[0] - 1) < close for a in pairs for b in pairs if a != b)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ In: sizes, and where to write. Out: a JSON file with work and seconds of every p
 device, its type, date and versions. Work is what `megavl/training/flops.py` counts (`planning/costs.py` says in which
 unit), so rates carry over to other freeze sets, lengths and tensor sizes.
 
-What is timed: SigLIP and SAM with their adaptor on one image, the aligner, the embedding, one decoder layer, head with
-loss; all of it trained, and built with the kernels that `auto` takes here.
+What is timed: SigLIP, with the resizing of its input, and SAM with its adaptor on one image, the aligner, the
+embedding, one decoder layer, the last norm with head and loss; all of it trained, and built with the kernels that
+`auto` takes here.
 Shapes: t tokens, h hidden, i = 1 image.
 """
 
@@ -131,15 +132,15 @@ def _vision_seconds(stage: Stage, dtype: torch.dtype, timer: Timer) -> dict[str,
     towers, adaptor = stage.first_stage.towers, stage.first_stage.adaptor
     device, model = next(adaptor.parameters()).device, stage.model
     positions = model.tokens_per_image
-    low = torch.rand(1, 3, model.siglip.image_size, model.siglip.image_size, device=device, dtype=dtype)
+    pixels = torch.rand(1, 3, model.image_size, model.image_size, device=device)
     low_features = torch.rand(1, positions, model.siglip.width, device=device, dtype=dtype, requires_grad=True)
-    seconds = {"siglip": timer(lambda: towers.siglip(low))}
+    seconds = {"siglip": timer(lambda: towers.encode_frozen(pixels, ("siglip",))["siglip"])}
     high_features = None
     if model.sam is not None and towers.sam is not None:
         for name, parameter in stage.named_parameters():
             parameter.requires_grad_(stage.component_of(name) != "sam")
-        sam, pixels = towers.sam, torch.rand(1, 3, model.image_size, model.image_size, device=device, dtype=dtype)
-        seconds["sam"] = seconds["sam_adaptor"] = timer(lambda: sam(pixels))
+        sam, of_type = towers.sam, pixels.to(dtype)
+        seconds["sam"] = seconds["sam_adaptor"] = timer(lambda: sam(of_type))
         width = model.sam.downsample[1]
         high_features = torch.rand(1, positions, width, device=device, dtype=dtype, requires_grad=True)
     seconds["aligner"] = timer(lambda: adaptor(high_features, low_features))

@@ -1,17 +1,23 @@
-"""Real training steps on few cores, as they would be on a device per rank, to hold the planner against.
+"""Real training steps of a small model with ranks slowed down evenly, beside what the planner says of them.
 
-In: a layout and what its micro-batches hold, in a started world. Out: seconds of a step of the whole model (towers,
-decoder, loss, backward pass, reduction, optimizer) on ranks that compute `factor` times slower than a core does, and
-how long each pass took.
-Shapes: m micro-batches, s stages.
+In: a layout, and how many images each micro-batch holds, in a started world of CPU ranks. Out: a `StepPair` per kind of
+step. The real step is the whole one (towers, adaptor, decoder, loss, backward pass, reduction, optimizer), with
+`training/dilated_clock.py` in place of the clock, so that ranks do not compete for the cores of a small machine. What
+is planned comes from parts of the model that are timed here, `planning/calibrate.py`, at the pace of the run: on all
+ranks at once, with the same rests, as a core that was left for a while has lost what its caches held (a decoder layer
+of this model takes 15 to 35% longer then).
+
+Collectives of a tensor group lie inside the passes and vanish in the rests, so with tensor ranks the plan has links
+that cost nothing.
+Shapes: d data-parallel ranks, m micro-batches of one of them, s stages.
 """
 
 import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megavl.config import (
@@ -26,13 +32,16 @@ from megavl.config import (
     StageConfig,
 )
 from megavl.data.microbatch import StepBatch
-from megavl.parallel.groups import Groups
+from megavl.parallel.groups import Groups, destroy_groups, init_groups
+from megavl.planning.calibrate import time_parts
 from megavl.planning.costs import Case
-from megavl.planning.hardware import Hardware, Rate
+from megavl.planning.estimate import mixed_step_s
+from megavl.planning.hardware import HARDWARE, Hardware, ideal_links, measured_rates
 from megavl.planning.schedule import rank_tasks
 from megavl.planning.simulate import simulate
-from megavl.training.dilated_clock import DilatedClock, Pass
+from megavl.training.dilated_clock import DilatedClock
 from megavl.training.flops import StepCounts
+from megavl.training.step import train_step
 from megavl.training.synthetic_run import build_run, document_batch
 
 MODEL = ModelConfig(
@@ -54,91 +63,155 @@ MODEL = ModelConfig(
     adaptor="hybrid",
     background=(127, 127, 127),
 )
-TOKENS = 256
-STAGE = 2
-KINDS = {"text": (0,), "image": (2,), "mixed": (0, 3, 1)}
+"""The head is worth 1.5 decoder layers, an image 1.3; a layer takes 5 ms forward and 10 backward on one core."""
+TOKENS, ROWS = 256, 8
+"""Of a micro-batch, which is one row; rows of a step over all data-parallel ranks."""
+LAYERS_IN_A_ROW = 3
+"""That are timed, about as many as lie on a stage."""
+
+LAYOUTS: tuple[ParallelConfig, ...] = (
+    ParallelConfig(device="cpu", pipeline=4, layout="3,3,3,3"),
+    ParallelConfig(device="cpu", pipeline=4, layout="4,4,3,1"),
+    ParallelConfig(device="cpu", pipeline=4, layout="1,4,4,3"),
+    ParallelConfig(device="cpu", pipeline=2, layout="6,6"),
+    ParallelConfig(device="cpu", pipeline=2, layout="8,4"),
+    ParallelConfig(device="cpu", pipeline=2, virtual_pipeline=2, layout="3,3,4,2"),
+    ParallelConfig(device="cpu", pipeline=2, tensor=2, layout="6,6"),
+)
+"""That are checked, on four ranks."""
+IMAGES: dict[str, tuple[int, ...]] = {"text": (0,), "image": (2,), "mixed": (0, 3, 1)}
+"""Kind of step -> images of successive micro-batches."""
 
 Seconds = list[list[float]]
+"""[m][s]."""
 
 
-@dataclass(frozen=True)
-class RealStep:
-    seconds: float
-    forward: list[Seconds]
-    backward: list[Seconds]
-    computed: list  # debug
+@dataclass(frozen=True, kw_only=True)
+class StepPair:
+    """Seconds of a step as it ran, and as it was planned."""
 
-
-def recipe_of(parallel: ParallelConfig) -> Recipe:
-    return Recipe(
-        run_dir="none",
-        model=MODEL,
-        parallel=parallel,
-        data=DataConfig(tokenizer="none", sources=(), seq_length=TOKENS),
-        stage=StageConfig(number=STAGE, steps=1, global_batch=8, dtype="fp32"),
-        optim=OptimConfig(lr=1e-4, schedule="constant", warmup_steps=0),
-    )
-
-
-def counts_of(images: int) -> StepCounts:
-    return StepCounts(images=images, tokens=TOKENS, squared_lengths=TOKENS**2, logits=TOKENS)
-
-
-def slower(hardware: Hardware, factor: float) -> Hardware:
-    return dataclasses.replace(
-        hardware,
-        fp32_flops=hardware.fp32_flops / factor,
-        bandwidth=hardware.bandwidth / factor,
-        measured={
-            name: Rate(forward=rate.forward / factor, backward=rate.backward / factor)
-            for name, rate in hardware.measured.items()
-        },
-    )
-
-
-def case_of(parallel: ParallelConfig, hardware: Hardware) -> Case:
-    return Case(model=MODEL, stage=STAGE, parallel=parallel, hardware=hardware, dtype="fp32")
+    real: float
+    """On the slowest rank."""
+    planned: float
+    """From the times of the model's parts: costs, schedule, reduction, update."""
+    scheduled: float
+    """From the times of the very passes that ran: the schedule alone, and the optimizer as it ran."""
 
 
 class DilatedRun:
+    """A layout's training, slowed down."""
+
     def __init__(self, parallel: ParallelConfig, groups: Groups, factor: float) -> None:
-        self.parallel, self.groups, self.recipe = parallel, groups, recipe_of(parallel)
-        self.clock = DilatedClock(factor)
-        self.run = build_run(self.recipe, groups, self.clock)
+        """Build this rank's part; all ranks must call it.
 
-    def step(self, images: Sequence[int], number: int) -> RealStep:
-        made = [
-            document_batch(self.recipe, [(TOKENS, count)], seed=1000 * number + 10 * index + self.groups.data_rank)
-            for index, count in enumerate(images)
-        ]
-        batch = StepBatch(step=number, language_rows=0, micro_batches=tuple(made))
-        self.clock.passes.clear()
-        dist.barrier(self.groups.gloo_world)
-        start = time.perf_counter()
-        from megavl.training.step import train_step
-        train_step(self.run.chunks, self.run.optimizer, batch, self.groups, lr=1e-4, encoder=self.run.encoder)
-        taken = time.perf_counter() - start
-        parts = self.clock.read()
-        every: list = [None] * self.groups.world_size
-        dist.all_gather_object(
-            every,
-            (taken, self.groups.data_rank, self.groups.tensor_rank, self.groups.pipeline_rank, list(self.clock.passes), parts),
-            group=self.groups.gloo_world,
+        Args:
+            parallel: layout.
+            groups: this rank's groups, formed for it.
+            factor: times slower.
+        """
+        self.parallel, self.groups = parallel, groups
+        self._clock = DilatedClock(factor)
+        self._recipe = Recipe(
+            run_dir="none",
+            model=MODEL,
+            parallel=parallel,
+            data=DataConfig(tokenizer="none", sources=(), seq_length=TOKENS),
+            stage=StageConfig(number=2, steps=1, global_batch=ROWS, dtype="fp32"),
+            optim=OptimConfig(lr=1e-4, schedule="constant", warmup_steps=0),
         )
-        return self._collect(every, len(images))
+        self._run = build_run(self._recipe, groups, self._clock)
 
-    def _collect(self, every, m) -> RealStep:
-        p, v = self.parallel.pipeline, self.parallel.virtual_pipeline
-        data = self.groups.data_size
-        f = [[[0.0] * (p * v) for _ in range(m)] for _ in range(data)]
-        b = [[[0.0] * (p * v) for _ in range(m)] for _ in range(data)]
-        c = [[[[0.0] * (p * v) for _ in range(m)] for _ in range(data)] for _ in range(2)]
-        for _, d, t, rank, passes, _ in every:
-            tasks = rank_tasks(rank, p, v, m)
-            assert [task.backward for task in tasks] == [one.backward for one in passes]
-            for task, one in zip(tasks, passes, strict=True):
-                at = task.chunk * p + rank
-                to = b if task.backward else f
-                to[d][task.micro_batch][at] = max(to[d][task.micro_batch][at], one.took_s)
-                c[task.backward][d][task.micro_batch][at] = one.computed_s
-        return RealStep(max(one[0] for one in every), f, b, [c, [e[5] for e in every]])
+    def step(self, images: Sequence[int]) -> tuple[float, float]:
+        """Seconds of a step that ran, and on paper from its passes; all ranks must call it.
+
+        Args:
+            images: of each micro-batch of this rank, [m].
+        """
+        made = [document_batch(self._recipe, [(TOKENS, count)], seed=index) for index, count in enumerate(images)]
+        batch = StepBatch(step=0, language_rows=0, micro_batches=tuple(made))
+        self._clock.passes.clear()
+        dist.barrier(self.groups.gloo_world)
+        began = time.perf_counter()
+        train_step(self._run.chunks, self._run.optimizer, batch, self.groups, lr=1e-4, encoder=self._run.encoder)
+        took, parts = time.perf_counter() - began, self._clock.read()
+        said: list[Any] = [None] * self.groups.world_size
+        place = (self.groups.data_rank, self.groups.pipeline_rank)
+        mine = (place, took, parts, self._clock.passes)
+        dist.all_gather_object(said, mine, group=self.groups.gloo_world)
+        # Whoever comes last to the end of the reduction has not waited there.
+        end = min(parts["reduction"] for _, _, parts, _ in said) + max(parts["optimizer"] for _, _, parts, _ in said)
+        pipelines = [self._on_paper(said, data, len(images)) for data in range(self.groups.data_size)]
+        return max(took for _, took, _, _ in said), max(pipelines) + end
+
+    def _on_paper(self, said: Sequence[Any], data: int, micro_batches: int) -> float:
+        """The schedule of one data-parallel copy, from how long each of its passes took; its slowest tensor rank's."""
+        pipeline, virtual = self.parallel.pipeline, self.parallel.virtual_pipeline
+        forward: Seconds = [[0.0] * (pipeline * virtual) for _ in range(micro_batches)]
+        backward: Seconds = [[0.0] * (pipeline * virtual) for _ in range(micro_batches)]
+        for (data_rank, rank), _, _, passes in said:
+            if data_rank != data:
+                continue
+            tasks = rank_tasks(rank, pipeline, virtual, micro_batches)
+            assert [t.backward for t in tasks] == [p.backward for p in passes], "passes ran in another order"
+            for task, ran in zip(tasks, passes, strict=True):
+                row, stage = (backward if task.backward else forward)[task.micro_batch], task.chunk * pipeline + rank
+                row[stage] = max(row[stage], ran.took_s)
+        return simulate(forward, backward, pipeline=pipeline, virtual=virtual).step_s
+
+
+def step_pairs(parallel: ParallelConfig, factor: float, *, leave_world: bool) -> tuple[Groups, dict[str, StepPair]]:
+    """Time the parts, then run a step of each kind that `parallel` allows; all ranks must call it.
+
+    Args:
+        parallel: layout.
+        factor: times slower.
+        leave_world: leave `torch.distributed` afterwards.
+
+    Returns:
+        The groups that were formed (and are taken down), and a pair per kind of `IMAGES`.
+    """
+    hardware = calibrated(factor)
+    groups = init_groups(parallel)
+    run = DilatedRun(parallel, groups, factor)
+    micro_batches = ROWS // groups.data_size
+    run.step([1] * parallel.pipeline)  # the first step makes the optimizer's state
+    case = planned_case(parallel, hardware)
+    pairs = {}
+    for kind, pattern in IMAGES.items():
+        images = [pattern[index % len(pattern)] for index in range(micro_batches)]
+        real, scheduled = run.step(images)
+        planned = mixed_step_s(case, [row_counts(count) for count in images], groups.data_size)
+        pairs[kind] = StepPair(real=real, planned=planned, scheduled=scheduled)
+    destroy_groups(leave_world=leave_world)
+    return groups, pairs
+
+
+def calibrated(factor: float) -> Hardware:
+    """A rank's device, from times on all ranks at the pace of the run; the mean over them. All ranks must call it."""
+    groups = init_groups(ParallelConfig(device="cpu"))
+    found = time_parts(MODEL, groups, tokens=TOKENS, layers=LAYERS_IN_A_ROW, rest=factor - 1)
+    every: list[Any] = [None] * groups.world_size
+    dist.all_gather_object(every, found["parts"], group=groups.gloo_world)
+    destroy_groups(leave_world=False)
+    parts = {
+        name: {
+            "work": part["work"],
+            "seconds": {
+                d: factor * sum(p[name]["seconds"][d] for p in every) / len(every) for d in ("forward", "backward")
+            },
+        }
+        for name, part in found["parts"].items()
+    }
+    base = HARDWARE["cpu"]
+    return dataclasses.replace(base, bandwidth=base.bandwidth / factor, measured=measured_rates(parts))
+
+
+def planned_case(parallel: ParallelConfig, hardware: Hardware) -> Case:
+    """What the planner is asked."""
+    links = hardware if parallel.tensor == 1 else ideal_links(hardware)
+    return Case(model=MODEL, stage=2, parallel=parallel, hardware=links, dtype="fp32")
+
+
+def row_counts(images: int) -> StepCounts:
+    """What a micro-batch with so many images holds."""
+    return StepCounts(images=images, tokens=TOKENS, squared_lengths=TOKENS**2, logits=TOKENS)
