@@ -110,7 +110,7 @@ class DilatedRun:
             factor: times slower.
         """
         self.parallel, self.groups = parallel, groups
-        self._clock = DilatedClock(factor)
+        self.clock = DilatedClock(factor)
         self._recipe = Recipe(
             run_dir="none",
             model=MODEL,
@@ -119,7 +119,7 @@ class DilatedRun:
             stage=StageConfig(number=2, steps=1, global_batch=ROWS, dtype="fp32"),
             optim=OptimConfig(lr=1e-4, schedule="constant", warmup_steps=0),
         )
-        self._run = build_run(self._recipe, groups, self._clock)
+        self._run = build_run(self._recipe, groups, self.clock)
 
     def step(self, images: Sequence[int]) -> tuple[float, float]:
         """Seconds of a step that ran, and on paper from its passes; all ranks must call it.
@@ -129,14 +129,14 @@ class DilatedRun:
         """
         made = [document_batch(self._recipe, [(TOKENS, count)], seed=index) for index, count in enumerate(images)]
         batch = StepBatch(step=0, language_rows=0, micro_batches=tuple(made))
-        self._clock.passes.clear()
+        self.clock.passes.clear()
         dist.barrier(self.groups.gloo_world)
         began = time.perf_counter()
         train_step(self._run.chunks, self._run.optimizer, batch, self.groups, lr=1e-4, encoder=self._run.encoder)
-        took, parts = time.perf_counter() - began, self._clock.read()
+        took, parts = time.perf_counter() - began, self.clock.read()
         said: list[Any] = [None] * self.groups.world_size
         place = (self.groups.data_rank, self.groups.pipeline_rank)
-        mine = (place, took, parts, self._clock.passes)
+        mine = (place, took, parts, self.clock.passes)
         dist.all_gather_object(said, mine, group=self.groups.gloo_world)
         # Whoever comes last to the end of the reduction has not waited there.
         end = min(parts["reduction"] for _, _, parts, _ in said) + max(parts["optimizer"] for _, _, parts, _ in said)
