@@ -64,10 +64,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--repeats", type=int, help="rounds over all layouts (default 4; with --compute 2)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if options.compute:
-        rank, lines = training(options.dilation, options.repeats or 2)
-    else:
-        rank, lines = sleeping(options.unit_ms / 1e3, options.repeats or 4)
+    try:
+        if options.dilation < 1:
+            raise ValueError(f"--dilation {options.dilation} is below 1")
+        if options.compute:
+            rank, lines = training(options.dilation, options.repeats or 2)
+        else:
+            rank, lines = sleeping(options.unit_ms / 1e3, options.repeats or 4)
+    except ValueError as error:
+        print(f"check_simulator: {error}", file=sys.stderr)
+        return 1
     faults = [describe(line) for line in lines if any(abs(r - 1) > TOLERANCE for r in line.ratios().values())]
     close = TOLERANCE / 3 if options.compute else TOLERANCE / 10
     for group in dict.fromkeys(line.comparable for line in lines):
