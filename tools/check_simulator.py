@@ -11,8 +11,9 @@ With `--compute` they train: vision, decoder, loss, backward pass, reduction, op
 pass until it was `--dilation` times slower than its core, so that few cores carry four ranks; means over the repeats
 count. Two forecasts stand beside the real time: `planned`, from times of single parts of the model measured here
 (`planning/calibrate.py`), as a plan is made; `scheduled`, from the times of the very passes that ran. If the first
-is off and the second is not, the costs are wrong (or another load changed the machine's pace between the two); if both
-are, the schedule is.
+is off and the second is not, the costs are wrong; if both are, the schedule is. Another load on the machine makes real
+steps longer than planned: the table says where it left so little of the cores that passes took too long, which a
+larger dilation cures.
 
 Exit status: 0 if every ratio is within 15% and the layouts rank alike in both, 1 otherwise.
 """
@@ -36,6 +37,8 @@ from megavl.planning.simulate import simulate
 Layout = TypeVar("Layout")
 TOLERANCE = 0.15
 """Of the ratios."""
+CROWDED = 1.03
+"""From here on the table says that passes took too long."""
 
 
 class Line(NamedTuple):
@@ -49,6 +52,9 @@ class Line(NamedTuple):
     """Seconds."""
     forecasts: dict[str, float]
     """Seconds, by name; the first one ranks the layouts."""
+
+    crowding: float = 1.0
+    """How many times longer than they should passes took, as other load left too little of the cores."""
 
     def ratios(self) -> dict[str, float]:
         """Real over forecast."""
@@ -124,6 +130,7 @@ def training(factor: float, repeats: int) -> tuple[int, list[Line]]:
                 "planned": fmean(pair.planned for pair in pairs),
                 "scheduled": fmean(pair.scheduled for pair in pairs),
             },
+            max(pair.crowding for pair in pairs),
         )
         for (parallel, kind), pairs in found.items()
     ]
@@ -146,7 +153,8 @@ def describe(line: Line) -> str:
     forecasts = [
         f"  {name} {1e3 * line.forecasts[name]:8.1f} ratio {ratio:.3f}" for name, ratio in line.ratios().items()
     ]
-    return f"{line.name} real {1e3 * line.real:8.1f}" + "".join(forecasts)
+    crowded = f"  passes {line.crowding:.2f} times too long" if line.crowding > CROWDED else ""
+    return f"{line.name} real {1e3 * line.real:8.1f}" + "".join(forecasts) + crowded
 
 
 def ranks_alike(pairs: Sequence[tuple[float, float]], close: float) -> bool:

@@ -96,6 +96,9 @@ class StepPair:
     """From the times of the model's parts: costs, schedule, reduction, update."""
     scheduled: float
     """From the times of the very passes that ran: the schedule alone, and the optimizer as it ran."""
+    crowding: float
+    """How many times longer than they should the passes of a rank took, the worst rank: above 1 where other load left
+    so little of the cores that rests were not enough."""
 
 
 class DilatedRun:
@@ -121,8 +124,8 @@ class DilatedRun:
         )
         self._run = build_run(self._recipe, groups, self.clock)
 
-    def step(self, images: Sequence[int]) -> tuple[float, float]:
-        """Seconds of a step that ran, and on paper from its passes; all ranks must call it.
+    def step(self, images: Sequence[int]) -> tuple[float, float, float]:
+        """`real`, `scheduled` and `crowding` (`StepPair`) of a step; all ranks must call it.
 
         Args:
             images: of each micro-batch of this rank, [m].
@@ -141,7 +144,11 @@ class DilatedRun:
         # Whoever comes last to the end of the reduction has not waited there.
         end = min(parts["reduction"] for _, _, parts, _ in said) + max(parts["optimizer"] for _, _, parts, _ in said)
         pipelines = [self._on_paper(said, data, len(images)) for data in range(self.groups.data_size)]
-        return max(took for _, took, _, _ in said), max(pipelines) + end
+        crowding = [
+            sum(p.took_s for p in passes) / sum(self.clock.factor * p.computed_s for p in passes)
+            for _, _, _, passes in said
+        ]
+        return max(took for _, took, _, _ in said), max(pipelines) + end, max(crowding)
 
     def _on_paper(self, said: Sequence[Any], data: int, micro_batches: int) -> float:
         """The schedule of one data-parallel copy, from how long each of its passes took; its slowest tensor rank's."""
@@ -179,9 +186,9 @@ def step_pairs(parallel: ParallelConfig, factor: float, *, leave_world: bool) ->
     pairs = {}
     for kind, pattern in IMAGES.items():
         images = [pattern[index % len(pattern)] for index in range(micro_batches)]
-        real, scheduled = run.step(images)
+        real, scheduled, crowding = run.step(images)
         planned = mixed_step_s(case, [row_counts(count) for count in images], groups.data_size)
-        pairs[kind] = StepPair(real=real, planned=planned, scheduled=scheduled)
+        pairs[kind] = StepPair(real=real, planned=planned, scheduled=scheduled, crowding=crowding)
     destroy_groups(leave_world=leave_world)
     return groups, pairs
 
