@@ -23,9 +23,10 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from statistics import fmean
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from megavl.config import ParallelConfig
 from megavl.model.sizes import SIZES
@@ -34,7 +35,6 @@ from megavl.planning import dilated_steps
 from megavl.planning.emulate import KINDS, LAYOUTS, emulate_step, example_seconds
 from megavl.planning.simulate import simulate
 
-Layout = TypeVar("Layout")
 TOLERANCE = 0.15
 """Of the ratios."""
 CROWDED = 1.03
@@ -74,9 +74,9 @@ def main(arguments: Sequence[str]) -> int:
         if options.dilation < 1:
             raise ValueError(f"--dilation {options.dilation} is below 1")
         if options.compute:
-            rank, lines = training(options.dilation, options.repeats or 2)
+            lines = training(options.dilation, options.repeats or 2)
         else:
-            rank, lines = sleeping(options.unit_ms / 1e3, options.repeats or 4)
+            lines = sleeping(options.unit_ms / 1e3, options.repeats or 4)
     except ValueError as error:
         print(f"check_simulator: {error}", file=sys.stderr)
         return 1
@@ -85,19 +85,19 @@ def main(arguments: Sequence[str]) -> int:
     for group in dict.fromkeys(line.comparable for line in lines):
         pairs = [(next(iter(li.forecasts.values())), li.real) for li in lines if li.comparable == group]
         faults += [f"{group}: layouts rank differently"] if not ranks_alike(pairs, close) else []
-    if rank == 0:
+    if dist.get_rank() == 0:
         print("\n".join(describe(line) for line in lines))
         print("\n".join(f"not as simulated: {fault}" for fault in faults) or "real and simulated agree")
+    dist.destroy_process_group()
     return int(bool(faults))
 
 
-def sleeping(unit_s: float, repeats: int) -> tuple[int, list[Line]]:
-    """Rank, and the table of stages that sleep; repeats go round, so that another load meets all layouts."""
+def sleeping(unit_s: float, repeats: int) -> list[Line]:
+    """The table of stages that sleep; repeats go round, so that another load meets all layouts."""
     small = SIZES["tiny"]
     model = dataclasses.replace(small, decoder=dataclasses.replace(small.decoder, layers=30))
     lines: dict[str, Line] = {}
-    rank = 0
-    for last, (pipeline, virtual, layout) in rounds(LAYOUTS, repeats):
+    for pipeline, virtual, layout in LAYOUTS * repeats:
         parallel = ParallelConfig(pipeline=pipeline, virtual_pipeline=virtual, layout=layout, device="cpu")
         groups = init_groups(parallel)
         for kind in KINDS:
@@ -107,21 +107,17 @@ def sleeping(unit_s: float, repeats: int) -> tuple[int, list[Line]]:
             simulated = simulate(*times, pipeline=pipeline, virtual=virtual).step_s
             least = min(real, lines[name].real) if name in lines else real
             lines[name] = Line(f"{kind} steps of pipeline {pipeline}", name, least, {"simulated": simulated})
-        rank = groups.rank
-        destroy_groups(leave_world=last)
-    return rank, list(lines.values())
+        destroy_groups(leave_world=False)
+    return list(lines.values())
 
 
-def training(factor: float, repeats: int) -> tuple[int, list[Line]]:
-    """Rank, and the table of steps of a model; every repeat times the model's parts anew, just before its steps."""
+def training(factor: float, repeats: int) -> list[Line]:
+    """The table of steps of a model; every repeat times the model's parts anew, just before its steps."""
     found: dict[tuple[ParallelConfig, str], list[dilated_steps.StepPair]] = {}
-    rank = 0
-    for last, parallel in rounds(dilated_steps.LAYOUTS, repeats):
-        groups, pairs = dilated_steps.step_pairs(parallel, factor, leave_world=last)
-        rank = groups.rank
-        for kind, pair in pairs.items():
+    for parallel in dilated_steps.LAYOUTS * repeats:
+        for kind, pair in dilated_steps.step_pairs(parallel, factor).items():
             found.setdefault((parallel, kind), []).append(pair)
-    return rank, [
+    return [
         Line(
             f"{kind} steps",
             f"{describe_layout(parallel)} {kind:6}",
@@ -134,12 +130,6 @@ def training(factor: float, repeats: int) -> tuple[int, list[Line]]:
         )
         for (parallel, kind), pairs in found.items()
     ]
-
-
-def rounds(layouts: Sequence[Layout], repeats: int) -> list[tuple[bool, Layout]]:
-    """(is it the last one?, layout), all of them `repeats` times."""
-    every = [layout for _ in range(repeats) for layout in layouts]
-    return [(number == len(every) - 1, layout) for number, layout in enumerate(every)]
 
 
 def describe_layout(parallel: ParallelConfig) -> str:

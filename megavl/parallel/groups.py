@@ -126,9 +126,13 @@ def destroy_groups(*, leave_world: bool = True) -> None:
     Args:
         leave_world: also leave `torch.distributed`; a world made from torchrun's environment can be joined once only.
     """
+    formed = {group for group in vars(parallel_state).values() if isinstance(group, ProcessGroup)}
     parallel_state.destroy_model_parallel()
     if leave_world and dist.is_initialized():
         dist.destroy_process_group()
+        return
+    for group in formed - {dist.group.WORLD}:  # megatron-core forgets them, but their threads (3 a group) go on polling
+        dist.destroy_process_group(group)
 
 
 def _choose_device(wish: str) -> torch.device:

@@ -166,16 +166,12 @@ class DilatedRun:
         return simulate(forward, backward, pipeline=pipeline, virtual=virtual).step_s
 
 
-def step_pairs(parallel: ParallelConfig, factor: float, *, leave_world: bool) -> tuple[Groups, dict[str, StepPair]]:
-    """Time the parts, then run a step of each kind that `parallel` allows; all ranks must call it.
+def step_pairs(parallel: ParallelConfig, factor: float) -> dict[str, StepPair]:
+    """Time the parts, then run a step of each kind of `IMAGES`; all ranks must call it.
 
     Args:
         parallel: layout.
         factor: times slower.
-        leave_world: leave `torch.distributed` afterwards.
-
-    Returns:
-        The groups that were formed (and are taken down), and a pair per kind of `IMAGES`.
     """
     hardware = calibrated(factor)
     groups = init_groups(parallel)
@@ -189,8 +185,8 @@ def step_pairs(parallel: ParallelConfig, factor: float, *, leave_world: bool) ->
         real, scheduled, crowding = run.step(images)
         planned = mixed_step_s(case, [row_counts(count) for count in images], groups.data_size)
         pairs[kind] = StepPair(real=real, planned=planned, scheduled=scheduled, crowding=crowding)
-    destroy_groups(leave_world=leave_world)
-    return groups, pairs
+    destroy_groups(leave_world=False)
+    return pairs
 
 
 def calibrated(factor: float) -> Hardware:

@@ -23,7 +23,7 @@ from megavl.parallel.random_state import seed_everything
 from megavl.planning.calibrate import calibrate
 from megavl.planning.costs import Case, part_costs
 from megavl.planning.dilated_steps import LAYOUTS as TRAINED
-from megavl.planning.dilated_steps import StepPair, step_pairs
+from megavl.planning.dilated_steps import step_pairs
 from megavl.planning.emulate import KINDS, LAYOUTS, emulate_step, example_seconds
 from megavl.planning.hardware import HARDWARE, read_calibration
 from megavl.planning.memory import layer_bytes, rank_memory
@@ -160,14 +160,9 @@ def test_schedule_against_the_real_one(world: World, pipeline: int, virtual: int
         assert simulated <= real <= 3 * simulated, (layout, kind)
 
 
-def trained(parallel: ParallelConfig) -> dict[str, StepPair]:
-    """Pairs of a real model."""
-    return step_pairs(parallel, 1.2, leave_world=False)[1]
-
-
 def test_training_steps_against_their_passes(world: World) -> None:
     """On paper, passes as long as they really were never take longer than the real step, whatever the load."""
-    for pairs in world.run(trained, TRAINED[5], ranks=2):
+    for pairs in world.run(step_pairs, TRAINED[5], 1.2, ranks=2):
         assert all(0 < pair.scheduled <= pair.real for pair in pairs.values()), pairs
         assert 0 < pairs["text"].planned < pairs["mixed"].planned < pairs["image"].planned
 
