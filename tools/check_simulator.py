@@ -112,24 +112,28 @@ def sleeping(unit_s: float, repeats: int) -> list[Line]:
 
 
 def training(factor: float, repeats: int) -> list[Line]:
-    """The table of steps of a model; every repeat times the model's parts anew, just before its steps."""
+    """The table of steps of a model; every repeat times the model's parts anew, just before its steps.
+
+    Rank 0 tells each repeat on the error stream as it comes.
+    """
     found: dict[tuple[ParallelConfig, str], list[dilated_steps.StepPair]] = {}
     for parallel in dilated_steps.LAYOUTS * repeats:
         for kind, pair in dilated_steps.step_pairs(parallel, factor).items():
             found.setdefault((parallel, kind), []).append(pair)
-    return [
-        Line(
-            f"{kind} steps",
-            f"{describe_layout(parallel)} {kind:6}",
-            fmean(pair.real for pair in pairs),
-            {
-                "planned": fmean(pair.planned for pair in pairs),
-                "scheduled": fmean(pair.scheduled for pair in pairs),
-            },
-            max(pair.crowding for pair in pairs),
-        )
-        for (parallel, kind), pairs in found.items()
-    ]
+            if dist.get_rank() == 0:
+                print(describe(mean_line(parallel, kind, [pair])), file=sys.stderr, flush=True)
+    return [mean_line(parallel, kind, pairs) for (parallel, kind), pairs in found.items()]
+
+
+def mean_line(parallel: ParallelConfig, kind: str, pairs: Sequence[dilated_steps.StepPair]) -> Line:
+    """Means over repeats of a step."""
+    return Line(
+        f"{kind} steps",
+        f"{describe_layout(parallel)} {kind:6}",
+        fmean(pair.real for pair in pairs),
+        {"planned": fmean(pair.planned for pair in pairs), "scheduled": fmean(pair.scheduled for pair in pairs)},
+        max(pair.crowding for pair in pairs),
+    )
 
 
 def describe_layout(parallel: ParallelConfig) -> str:
