@@ -4,10 +4,10 @@ In: sizes, and where to write. Out: a JSON file with work and seconds of every p
 device, its type, date and versions. Work is what `megavl/training/flops.py` counts (`planning/costs.py` says in which
 unit), so rates carry over to other freeze sets, lengths and tensor sizes.
 
-What is timed: SigLIP, with the resizing of its input, and SAM with its adaptor on one image, the aligner, the
-embedding, one decoder layer, the last norm with head and loss; all of it trained, and built with the kernels that
+What is timed: SigLIP, with the resizing of its input, and SAM with its adaptor on one image, the aligner,
+the embedding, one decoder layer, the last norm with head and loss; all of it trained, and built with the kernels that
 `auto` takes here.
-Shapes: t tokens, h hidden, i = 1 image.
+Shapes: t tokens, h hidden, i images.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ def calibrate(model: ModelConfig, path: Path, *, tokens: int, device: str = "aut
 
 
 def time_parts(
-    model: ModelConfig, groups: Groups, *, tokens: int, layers: int = 1, rest: float = 0.0
+    model: ModelConfig, groups: Groups, *, tokens: int, layers: int = 1, images: int = 1, rest: float = 0.0
 ) -> dict[str, Any]:
     """What `calibrate` writes.
 
@@ -75,6 +75,7 @@ def time_parts(
         groups: those of a world without tensor and pipeline ranks; each rank times for itself.
         tokens: t, of the layers, the head and the embedding.
         layers: of the decoder, built and timed in a row.
+        images: i, that towers and adaptor take at a time.
         rest: sleep so many times as long after each pass (`training/dilated_clock.py`).
     """
     cuda = groups.device.type == "cuda"
@@ -83,7 +84,7 @@ def time_parts(
     ops = make_ops(KernelsConfig(), groups.device, dtype)
     (stage,) = build_stages(some, ParallelConfig(), dtype=dtype, seed=1, pg=groups.pg, device=groups.device, ops=ops)
     timer = partial(time_part, device=groups.device, rest=rest)
-    seconds = {**_vision_seconds(stage, dtype, timer), **_decoder_seconds(stage, tokens, dtype, timer)}
+    seconds = {**_vision_seconds(stage, dtype, timer, images), **_decoder_seconds(stage, tokens, dtype, timer)}
     single = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, layers=1))
     work = _work(single, tokens)
     return {
@@ -126,14 +127,14 @@ def _work(model: ModelConfig, tokens: int) -> dict[str, Seconds]:
     }
 
 
-def _vision_seconds(stage: Stage, dtype: torch.dtype, timer: Timer) -> dict[str, Seconds]:
-    """Towers and adaptor on one image."""
+def _vision_seconds(stage: Stage, dtype: torch.dtype, timer: Timer, images: int) -> dict[str, Seconds]:
+    """Towers and adaptor, for each of `images` images."""
     assert stage.first_stage is not None
     towers, adaptor = stage.first_stage.towers, stage.first_stage.adaptor
     device, model = next(adaptor.parameters()).device, stage.model
     positions = model.tokens_per_image
-    pixels = torch.rand(1, 3, model.image_size, model.image_size, device=device)
-    low_features = torch.rand(1, positions, model.siglip.width, device=device, dtype=dtype, requires_grad=True)
+    pixels = torch.rand(images, 3, model.image_size, model.image_size, device=device)
+    low_features = torch.rand(images, positions, model.siglip.width, device=device, dtype=dtype, requires_grad=True)
     seconds = {"siglip": timer(lambda: towers.encode_frozen(pixels, ("siglip",))["siglip"])}
     high_features = None
     if model.sam is not None and towers.sam is not None:
@@ -142,9 +143,9 @@ def _vision_seconds(stage: Stage, dtype: torch.dtype, timer: Timer) -> dict[str,
         sam, of_type = towers.sam, pixels.to(dtype)
         seconds["sam"] = seconds["sam_adaptor"] = timer(lambda: sam(of_type))
         width = model.sam.downsample[1]
-        high_features = torch.rand(1, positions, width, device=device, dtype=dtype, requires_grad=True)
+        high_features = torch.rand(images, positions, width, device=device, dtype=dtype, requires_grad=True)
     seconds["aligner"] = timer(lambda: adaptor(high_features, low_features))
-    return seconds
+    return {part: {name: value / images for name, value in taken.items()} for part, taken in seconds.items()}
 
 
 def _decoder_seconds(stage: Stage, tokens: int, dtype: torch.dtype, timer: Timer) -> dict[str, Seconds]:
