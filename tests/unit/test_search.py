@@ -14,7 +14,7 @@ from megavl.model.layer_split import split_layers
 from megavl.model.sizes import SIZES
 from megavl.parallel.stage_plan import stage_plan
 from megavl.planning.costs import Case, ahead_s, part_costs, stage_times
-from megavl.planning.estimate import Batch, make_mix
+from megavl.planning.estimate import Batch, make_mix, mixed_step_s
 from megavl.planning.hardware import HARDWARE, read_calibration
 from megavl.planning.memory import rank_memory
 from megavl.planning.search import Plan, plan_layout, plan_split, search
@@ -196,3 +196,14 @@ def test_a_calibration_that_cannot_be_read(tmp_path: Path, text: str, sentence: 
     path.write_text(text)
     with pytest.raises(ValueError, match=sentence):
         read_calibration(path, HARDWARE["cpu"])
+
+
+def test_equal_micro_batches_are_a_plain_step() -> None:
+    """The step of micro-batches that may differ: as planned where they do not, between text and images where they do."""
+    setting = case(pipeline=4, layout="8,8,8,6", vision="split_model")
+    batch = Batch(micro_batch=1, micro_batches=8, data=2)
+    text, images = plan_layout(setting, make_mix(4096, 0.5, 4), batch).steps
+    rows = [dataclasses.replace(ROW, images=0), ROW]
+    assert mixed_step_s(setting, [rows[0]] * 8, 2) == pytest.approx(text.step_s, rel=1e-9)
+    assert mixed_step_s(setting, [rows[1]] * 8, 2) == pytest.approx(images.step_s, rel=1e-9)
+    assert text.step_s < mixed_step_s(setting, rows * 4, 2) < images.step_s
