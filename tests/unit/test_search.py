@@ -199,7 +199,7 @@ def test_a_calibration_that_cannot_be_read(tmp_path: Path, text: str, sentence: 
 
 
 def test_equal_micro_batches_are_a_plain_step() -> None:
-    """The step of micro-batches that may differ: as planned where they do not, between text and images where they do."""
+    """A step whose micro-batches may differ: as planned where they do not, else between text and images."""
     setting = case(pipeline=4, layout="8,8,8,6", vision="split_model")
     batch = Batch(micro_batch=1, micro_batches=8, data=2)
     text, images = plan_layout(setting, make_mix(4096, 0.5, 4), batch).steps
