@@ -176,12 +176,13 @@ class DilatedRun:
         return simulate(forward, backward, pipeline=pipeline, virtual=virtual).step_s
 
 
-def step_pairs(parallel: ParallelConfig, factor: float) -> dict[str, StepPair]:
+def step_pairs(parallel: ParallelConfig, factor: float, tries: int = TRIES) -> dict[str, StepPair]:
     """Time the parts, then run a step of each kind of `IMAGES`; all ranks must call it.
 
     Args:
         parallel: layout.
         factor: times slower.
+        tries: steps that are run at most until one is not crowded.
     """
     case = Case(model=MODEL, stage=2, parallel=parallel, hardware=calibrated(factor), dtype="fp32")
     groups = init_groups(parallel)
@@ -192,7 +193,7 @@ def step_pairs(parallel: ParallelConfig, factor: float) -> dict[str, StepPair]:
     for kind, pattern in IMAGES.items():
         images = [pattern[index % len(pattern)] for index in range(micro_batches)]
         ran = [run.step(images)]
-        while len(ran) < TRIES and ran[-1].crowding >= CROWDED:  # which is the same on every rank
+        while len(ran) < tries and ran[-1].crowding >= CROWDED:  # which is the same on every rank
             ran.append(run.step(images))
         calmest = min(ran, key=lambda step: step.crowding)
         planned = mixed_step_s(case, [row_counts(count) for count in images], groups.data_size)

@@ -162,7 +162,7 @@ def test_schedule_against_the_real_one(world: World, pipeline: int, virtual: int
 
 def test_training_steps_against_their_passes(world: World) -> None:
     """On paper, passes as long as they really were never take longer than the real step, whatever the load."""
-    for pairs in world.run(step_pairs, TRAINED[5], 1.2, ranks=2):
+    for pairs in world.run(step_pairs, TRAINED[5], 1.2, 1, ranks=2):
         assert all(0 < pair.ran.scheduled <= pair.ran.real for pair in pairs.values()), pairs
         assert 0 < pairs["text"].planned < pairs["mixed"].planned < pairs["image"].planned
 
