@@ -4,16 +4,19 @@ In: sizes, and where to write. Out: a JSON file with work and seconds of every p
 device, its type, date and versions. Work is what `megavl/training/flops.py` counts (`planning/costs.py` says in which
 unit), so rates carry over to other freeze sets, lengths and tensor sizes.
 
-What is timed: SigLIP and SAM with their adaptor on one image, the aligner, the embedding, one decoder layer, head with
-loss; all of it trained, and built with the kernels that `auto` takes here.
-Shapes: t tokens, h hidden, i = 1 image.
+What is timed: SigLIP, with the resizing of its input, and SAM with its adaptor on one image, the aligner,
+the embedding, one decoder layer, the last norm with head and loss; all of it trained, and built with the kernels that
+`auto` takes here.
+Shapes: t tokens, h hidden, i images.
 """
 
 import dataclasses
 import json
+import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +30,19 @@ from megavl.model.attention import describe_documents
 from megavl.model.build import build_stages
 from megavl.model.stage import Stage
 from megavl.ops import make_ops
-from megavl.parallel.groups import destroy_groups, init_groups
+from megavl.parallel.groups import Groups, destroy_groups, init_groups
 from megavl.training.flops import StepCounts, decoder_flops, image_flops
 from megavl.training.freeze import COMPONENTS
 
 REPEATS = 5
-"""Timed runs of a part, after one that is not; the fastest counts, as others may have shared the machine."""
+"""Timed runs of a part, after one that is not; the median counts."""
 SAM_ADAPTOR = ("sam neck_hd", "sam convolutions", "sam_hd convolutions")
 """Terms of an image that belong to SAM's trained branch."""
 
 Seconds = dict[str, float]
 """`forward` and `backward`."""
+Timer = Callable[[Callable[[], Tensor]], Seconds]
+"""A part's forward pass -> how long it takes."""
 
 
 def calibrate(model: ModelConfig, path: Path, *, tokens: int, device: str = "auto") -> dict[str, Any]:
@@ -53,15 +58,36 @@ def calibrate(model: ModelConfig, path: Path, *, tokens: int, device: str = "aut
         What was written.
     """
     groups = init_groups(ParallelConfig(device=device))  # type: ignore[arg-type]
+    written = time_parts(model, groups, tokens=tokens)
+    destroy_groups()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(written, indent=2) + "\n")
+    return written
+
+
+def time_parts(
+    model: ModelConfig, groups: Groups, *, tokens: int, layers: int = 1, images: int = 1, rest: float = 0.0
+) -> dict[str, Any]:
+    """What `calibrate` writes.
+
+    Args:
+        model: sizes.
+        groups: those of a world without tensor and pipeline ranks; each rank times for itself.
+        tokens: t, of the layers, the head and the embedding.
+        layers: of the decoder, built and timed in a row.
+        images: i, that towers and adaptor take at a time.
+        rest: sleep so many times as long after each pass (`training/dilated_clock.py`).
+    """
     cuda = groups.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    single = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, layers=1))
+    some = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, layers=layers))
     ops = make_ops(KernelsConfig(), groups.device, dtype)
-    (stage,) = build_stages(single, ParallelConfig(), dtype=dtype, seed=1, pg=groups.pg, device=groups.device, ops=ops)
-    seconds = {**_vision_seconds(stage, dtype), **_decoder_seconds(stage, tokens, dtype)}
-    destroy_groups()
+    (stage,) = build_stages(some, ParallelConfig(), dtype=dtype, seed=1, pg=groups.pg, device=groups.device, ops=ops)
+    timer = partial(time_part, device=groups.device, rest=rest)
+    seconds = {**_vision_seconds(stage, dtype, timer, images), **_decoder_seconds(stage, tokens, dtype, timer)}
+    single = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, layers=1))
     work = _work(single, tokens)
-    written = {
+    return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "cuda": cuda,
         "dtype": "bf16" if cuda else "fp32",
@@ -71,9 +97,6 @@ def calibrate(model: ModelConfig, path: Path, *, tokens: int, device: str = "aut
         "tokens": tokens,
         "parts": {name: {"work": work[name], "seconds": taken} for name, taken in seconds.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(written, indent=2) + "\n")
-    return written
 
 
 def _work(model: ModelConfig, tokens: int) -> dict[str, Seconds]:
@@ -104,28 +127,28 @@ def _work(model: ModelConfig, tokens: int) -> dict[str, Seconds]:
     }
 
 
-def _vision_seconds(stage: Stage, dtype: torch.dtype) -> dict[str, Seconds]:
-    """Towers and adaptor on one image."""
+def _vision_seconds(stage: Stage, dtype: torch.dtype, timer: Timer, images: int) -> dict[str, Seconds]:
+    """Towers and adaptor, for each of `images` images."""
     assert stage.first_stage is not None
     towers, adaptor = stage.first_stage.towers, stage.first_stage.adaptor
     device, model = next(adaptor.parameters()).device, stage.model
     positions = model.tokens_per_image
-    low = torch.rand(1, 3, model.siglip.image_size, model.siglip.image_size, device=device, dtype=dtype)
-    low_features = torch.rand(1, positions, model.siglip.width, device=device, dtype=dtype, requires_grad=True)
-    seconds = {"siglip": time_part(lambda: towers.siglip(low), device)}
+    pixels = torch.rand(images, 3, model.image_size, model.image_size, device=device)
+    low_features = torch.rand(images, positions, model.siglip.width, device=device, dtype=dtype, requires_grad=True)
+    seconds = {"siglip": timer(lambda: towers.encode_frozen(pixels, ("siglip",))["siglip"])}
     high_features = None
     if model.sam is not None and towers.sam is not None:
         for name, parameter in stage.named_parameters():
             parameter.requires_grad_(stage.component_of(name) != "sam")
-        sam, pixels = towers.sam, torch.rand(1, 3, model.image_size, model.image_size, device=device, dtype=dtype)
-        seconds["sam"] = seconds["sam_adaptor"] = time_part(lambda: sam(pixels), device)
+        sam, of_type = towers.sam, pixels.to(dtype)
+        seconds["sam"] = seconds["sam_adaptor"] = timer(lambda: sam(of_type))
         width = model.sam.downsample[1]
-        high_features = torch.rand(1, positions, width, device=device, dtype=dtype, requires_grad=True)
-    seconds["aligner"] = time_part(lambda: adaptor(high_features, low_features), device)
-    return seconds
+        high_features = torch.rand(images, positions, width, device=device, dtype=dtype, requires_grad=True)
+    seconds["aligner"] = timer(lambda: adaptor(high_features, low_features))
+    return {part: {name: value / images for name, value in taken.items()} for part, taken in seconds.items()}
 
 
-def _decoder_seconds(stage: Stage, tokens: int, dtype: torch.dtype) -> dict[str, Seconds]:
+def _decoder_seconds(stage: Stage, tokens: int, dtype: torch.dtype, timer: Timer) -> dict[str, Seconds]:
     """Embedding, one layer, head with loss, on one document."""
     assert stage.first_stage is not None
     assert stage.last_stage is not None
@@ -135,35 +158,52 @@ def _decoder_seconds(stage: Stage, tokens: int, dtype: torch.dtype) -> dict[str,
     documents = describe_documents(batch, decoder.hidden // decoder.heads, decoder.rope_theta, dtype)
     hidden = torch.randn(tokens, 1, decoder.hidden, device=device, dtype=dtype, requires_grad=True)
 
-    def layer() -> Tensor:
-        return stage.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=documents)
+    def layers() -> Tensor:
+        out = hidden
+        for layer in stage.decoder.layers:
+            out, _ = layer(hidden_states=out, attention_mask=None, packed_seq_params=documents)
+        return out
 
+    def head() -> Tensor:
+        return last(stage.decoder.final_layernorm(hidden), batch.labels).sum()
+
+    in_a_row = timer(layers)
     return {
-        "embedding": time_part(lambda: first.embedding(batch.tokens), device),
-        "layer": time_part(layer, device),
-        "head": time_part(lambda: last(hidden, batch.labels).sum(), device),
+        "embedding": timer(lambda: first.embedding(batch.tokens)),
+        "layer": {name: seconds / len(stage.decoder.layers) for name, seconds in in_a_row.items()},
+        "head": timer(head),
     }
 
 
-def time_part(run: Callable[[], Tensor], device: torch.device) -> Seconds:
-    """Least seconds of a part's forward and of its backward pass."""
+def time_part(run: Callable[[], Tensor], device: torch.device, rest: float = 0.0) -> Seconds:
+    """Median seconds of a part's forward and of its backward pass."""
     taken: dict[str, list[float]] = {"forward": [], "backward": []}
+
+    def pass_s(function: Callable[[], Any]) -> tuple[Any, float]:
+        began = _now(device)
+        result = function()
+        seconds = _now(device) - began
+        time.sleep(rest * seconds)
+        return result, seconds
+
     for attempt in range(REPEATS + 1):
-        marks = [_now(device)]
-        out = run()
-        marks.append(_now(device))
-        out.backward(torch.ones_like(out))
-        marks.append(_now(device))
+        out, forward_s = pass_s(run)
+        _, backward_s = pass_s(lambda out=out: out.backward(torch.ones_like(out)))  # type: ignore[misc]
         if attempt:
-            taken["forward"].append(marks[1] - marks[0])
-            taken["backward"].append(marks[2] - marks[1])
-    return {direction: min(values) for direction, values in taken.items()}
+            taken["forward"].append(forward_s)
+            taken["backward"].append(backward_s)
+    return {direction: statistics.median(values) for direction, values in taken.items()}
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has nothing left to do."""
+    """Seconds, once the device has nothing left to do.
+
+    Of a single thread on the CPU those for which it computed: what others on the machine take does not count.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.thread_time()
     return time.perf_counter()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavl.planning.costs import Case, StageTimes, ahead_s, all_reduce_s, stage_pieces, stage_times
-from megavl.planning.memory import RankMemory
+from megavl.planning.memory import RankMemory, rank_memory
 from megavl.planning.simulate import Simulation, simulate
 from megavl.planning.split import StageLoad
 from megavl.training.flops import StepCounts, step_flops
@@ -129,9 +129,27 @@ def estimate_step(
         workload=workload,
         ahead_s=ahead_s(case, counts.images * batch.micro_batches),
         pipeline_s=seconds,
-        reduce_s=_reduce_s(case, batch, memory, max(times.backward)),
-        update_s=max(2 * (rank.optimizer + rank.gradients) for rank in memory) / case.hardware.bandwidth,
+        reduce_s=_reduce_s(case, batch.data, memory, max(times.backward)),
+        update_s=_update_s(case, memory),
         flops=sum(step_flops(case.model, case.trained, workload.counts(batch.rows)).values()),
+    )
+
+
+def mixed_step_s(case: Case, micro_batches: Sequence[StepCounts], data: int) -> float:
+    """Seconds of one step whose micro-batches differ, its schedule run on paper.
+
+    Args:
+        case: the setting, with its split.
+        micro_batches: what each holds, those of one data-parallel rank.
+        data: data-parallel ranks, which all have the same.
+    """
+    times = [stage_times(case, counts) for counts in micro_batches]
+    memory = rank_memory(case, micro_batches[0], micro_batches=len(micro_batches), data=data)
+    return (
+        ahead_s(case, sum(counts.images for counts in micro_batches))
+        + simulate_step(case, times).step_s
+        + _reduce_s(case, data, memory, max(times[-1].backward))
+        + _update_s(case, memory)
     )
 
 
@@ -167,9 +185,14 @@ def _closed_form(case: Case, times: StageTimes, micro_batches: int) -> float:
     return micro_batches * slowest + (sum(ranks) - slowest) / virtual + sent
 
 
-def _reduce_s(case: Case, batch: Batch, memory: Sequence[RankMemory], last_backward: float) -> float:
+def _reduce_s(case: Case, data: int, memory: Sequence[RankMemory], last_backward: float) -> float:
     """Summing gradients over the data-parallel ranks; overlap hides it behind the last backward pass."""
-    span = batch.data * case.parallel.tensor * case.parallel.pipeline
+    span = data * case.parallel.tensor * case.parallel.pipeline
     gradients = max(rank.gradients for rank in memory)
-    seconds = all_reduce_s(case.hardware, gradients, batch.data, span)
+    seconds = all_reduce_s(case.hardware, gradients, data, span)
     return max(0.0, seconds - last_backward) if case.parallel.overlap_grad_reduce else seconds
+
+
+def _update_s(case: Case, memory: Sequence[RankMemory]) -> float:
+    """The optimizer on the rank that has most to update."""
+    return max(2 * (rank.optimizer + rank.gradients) for rank in memory) / case.hardware.bandwidth

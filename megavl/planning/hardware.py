@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 GIB = 2**30
 
@@ -122,13 +122,7 @@ def read_calibration(path: str | Path, base: Hardware) -> Hardware:
     """
     try:
         found = json.loads(Path(path).read_text())
-        parts = {name: (part["work"], part["seconds"]) for name, part in found["parts"].items()}
-        measured = {}
-        for name, (work, seconds) in parts.items():
-            for direction in ("forward", "backward"):
-                if not float(seconds[direction]) > 0:
-                    raise ValueError(f"{name} has {seconds[direction]} s {direction}, which is not above 0")
-            measured[name] = Rate(**{d: float(work[d]) / float(seconds[d]) for d in ("forward", "backward")})
+        measured = measured_rates(found["parts"])
         origin = f"measured on {found['device']}, {found['dtype']}, {found['date']}"
         return dataclasses.replace(
             base, name=found["device"], gpu=bool(found["cuda"]), measured=measured, origin=f"{origin} ({path})"
@@ -136,3 +130,22 @@ def read_calibration(path: str | Path, base: Hardware) -> Hardware:
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"calibration {path}: {reason}; `tools/plan_pipeline.py --calibrate` writes one") from error
+
+
+def measured_rates(parts: Mapping[str, Any]) -> dict[str, Rate]:
+    """Part of the model -> work per second.
+
+    Args:
+        parts: `parts` of a calibration: name -> `work` and `seconds`, each `forward` and `backward`.
+
+    Raises:
+        ValueError: a time is not above 0.
+    """
+    rates = {}
+    for name, part in parts.items():
+        work, seconds = part["work"], part["seconds"]
+        for direction in ("forward", "backward"):
+            if not float(seconds[direction]) > 0:
+                raise ValueError(f"{name} has {seconds[direction]} s {direction}, which is not above 0")
+        rates[name] = Rate(**{d: float(work[d]) / float(seconds[d]) for d in ("forward", "backward")})
+    return rates

@@ -71,8 +71,14 @@ class SyntheticRun:
         return result, exchange(mine, self.groups)
 
 
-def build_run(recipe: Recipe, groups: Groups) -> SyntheticRun:
-    """Build this rank's part; all ranks must call it."""
+def build_run(recipe: Recipe, groups: Groups, clock: StepClock | None = None) -> SyntheticRun:
+    """Build this rank's part; all ranks must call it.
+
+    Args:
+        recipe: what to build.
+        groups: this rank's groups.
+        clock: what the marks of a step go to; None: a `StepClock`.
+    """
     seed_everything(recipe.stage.seed, groups)
     dtype = DTYPES[recipe.stage.dtype]
     ops = make_ops(recipe.kernels, groups.device, dtype)
@@ -91,7 +97,7 @@ def build_run(recipe: Recipe, groups: Groups) -> SyntheticRun:
     chunks = wrap_stages(stages, recipe.parallel, groups)
     optimizer = make_optimizer(chunks, recipe.optim, recipe.parallel, groups)
     frozen = frozen_components(recipe.stage.number)
-    clock = StepClock(groups.device)
+    clock = clock or StepClock(groups.device)
     clock.attach(chunks)
     trained: list[Any] = [None] * groups.world_size
     dist.all_gather_object(trained, trained_components(unwrap(chunks)), group=groups.gloo_world)

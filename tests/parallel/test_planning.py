@@ -22,6 +22,8 @@ from megavl.parallel.groups import destroy_groups, init_groups
 from megavl.parallel.random_state import seed_everything
 from megavl.planning.calibrate import calibrate
 from megavl.planning.costs import Case, part_costs
+from megavl.planning.dilated_steps import LAYOUTS as TRAINED
+from megavl.planning.dilated_steps import step_pairs
 from megavl.planning.emulate import KINDS, LAYOUTS, emulate_step, example_seconds
 from megavl.planning.hardware import HARDWARE, read_calibration
 from megavl.planning.memory import layer_bytes, rank_memory
@@ -156,6 +158,13 @@ def test_schedule_against_the_real_one(world: World, pipeline: int, virtual: int
     parallel = ParallelConfig(pipeline=pipeline, virtual_pipeline=virtual, layout=layout, device="cpu")
     for kind, (simulated, real) in zip(KINDS, world.run(simulated_and_real, parallel, ranks=pipeline)[0], strict=True):
         assert simulated <= real <= 3 * simulated, (layout, kind)
+
+
+def test_training_steps_against_their_passes(world: World) -> None:
+    """On paper, passes as long as they really were never take longer than the real step, whatever the load."""
+    for pairs in world.run(step_pairs, TRAINED[5], 1.2, 1, ranks=2):
+        assert all(0 < pair.ran.scheduled <= pair.ran.real for pair in pairs.values()), pairs
+        assert 0 < pairs["text"].planned < pairs["mixed"].planned < pairs["image"].planned
 
 
 def calibrated(path: str) -> dict[str, Any]:

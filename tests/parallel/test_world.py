@@ -8,7 +8,7 @@ import torch.distributed as dist
 from world import COLLECTIVE_TIMEOUT_S, World, WorldError
 
 from megavl.config import ParallelConfig
-from megavl.parallel.groups import init_groups
+from megavl.parallel.groups import destroy_groups, init_groups
 
 
 def place(parallel: ParallelConfig) -> tuple[int, int, int, int, float]:
@@ -17,6 +17,16 @@ def place(parallel: ParallelConfig) -> tuple[int, int, int, int, float]:
     total = torch.tensor([float(groups.rank)])
     dist.all_reduce(total, group=groups.pg.tp)
     return groups.tensor_rank, groups.pipeline_rank, groups.data_rank, groups.world_size, total.item()
+
+
+def groups_left() -> list[int]:
+    """Groups that torch knows after each of three layouts was formed and taken down."""
+    left = []
+    for _ in range(3):
+        init_groups(ParallelConfig(pipeline=2, device="cpu"))
+        destroy_groups(leave_world=False)
+        left.append(len(dist.distributed_c10d._world.pg_map))
+    return left
 
 
 def fail_on(rank: int) -> None:
@@ -50,3 +60,8 @@ def test_a_layout_that_does_not_divide_says_both_numbers(world: World) -> None:
     with pytest.raises(WorldError, match=r"3 ranks do not divide by tensor \* pipeline = 2 \* 1 = 2") as caught:
         world.run(place, ParallelConfig(tensor=2), ranks=3)
     assert set(caught.value.errors) == {0, 1, 2}
+
+
+def test_layouts_one_after_another_leave_no_groups(world: World) -> None:
+    """Each has threads that poll: a thousand of them, after 14 layouts, kept two cores busy."""
+    assert world.run(groups_left, ranks=2) == [[1, 1, 1], [1, 1, 1]]

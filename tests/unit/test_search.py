@@ -17,7 +17,7 @@ from megavl.parallel.stage_plan import stage_plan
 from megavl.parallel.vision_ahead import encoded_shapes
 from megavl.planning.candidates import PLACEMENTS, RECOMPUTE, with_parallel
 from megavl.planning.costs import Case, ahead_bytes, ahead_s, images_ahead, part_costs, stage_times
-from megavl.planning.estimate import Batch, make_mix, simulate_step
+from megavl.planning.estimate import Batch, make_mix, mixed_step_s, simulate_step
 from megavl.planning.hardware import HARDWARE, read_calibration
 from megavl.planning.memory import rank_memory
 from megavl.planning.search import Plan, plan_layout, plan_sizes, plan_split, search
@@ -273,3 +273,14 @@ def test_a_calibration_that_cannot_be_read(tmp_path: Path, text: str, sentence: 
     path.write_text(text)
     with pytest.raises(ValueError, match=sentence):
         read_calibration(path, HARDWARE["cpu"])
+
+
+def test_equal_micro_batches_are_a_plain_step() -> None:
+    """A step whose micro-batches may differ: as planned where they do not, else between text and images."""
+    setting = case(pipeline=4, layout="8,8,8,6", vision="split_model")
+    batch = Batch(micro_batch=1, micro_batches=8, data=2)
+    text, images = plan_layout(setting, make_mix(4096, 0.5, 4), batch).steps
+    rows = [dataclasses.replace(ROW, images=0), ROW]
+    assert mixed_step_s(setting, [rows[0]] * 8, 2) == pytest.approx(text.step_s, rel=1e-9)
+    assert mixed_step_s(setting, [rows[1]] * 8, 2) == pytest.approx(images.step_s, rel=1e-9)
+    assert text.step_s < mixed_step_s(setting, rows * 4, 2) < images.step_s
