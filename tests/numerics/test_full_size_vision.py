@@ -1,12 +1,15 @@
-"""The 7B's towers and adaptor at full size against `transformers`: one image, forward, fp32.
+"""The 7B's towers and adaptor at full width against `transformers`: one image of 1024 pixels, forward, fp32.
 
-Both sides read the same weights in memory (1.7 GB): the reference is built without storage and given views of ours.
+Layers are alike, and 36 of them took a minute: here there is one of each kind (windows; the whole grid, from which the
+side branch leaves; the whole grid, from which the main path leaves), and two of SigLIP. That the released depth is ours
+is asked of `transformers`. Both sides read the same weights: the reference is built without storage and given views.
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from hf_reference import build_reference, randomise, reference_images, relative_difference
 from torch import nn
 
@@ -16,7 +19,22 @@ from megavl.model.sizes import SIZES
 from megavl.model.vision.adaptor import make_adaptor
 from megavl.model.vision.tower import VisionTowers
 
-MODEL = replace(SIZES["7b"], decoder=DecoderConfig(layers=1, hidden=4096, heads=32, kv_heads=32, ffn=8, vocab=8))
+RELEASED = SIZES["7b"]
+assert RELEASED.sam is not None
+MODEL = replace(
+    RELEASED,
+    decoder=DecoderConfig(layers=1, hidden=4096, heads=32, kv_heads=32, ffn=8, vocab=8),
+    siglip=replace(RELEASED.siglip, layers=2),
+    sam=replace(RELEASED.sam, layers=3, global_layers=(1, 2)),
+)
+
+
+def test_released_depth() -> None:
+    """SAM-B's is the default of `transformers`; SigLIP-L's 24 layers follow from the count of its parameters."""
+    default = transformers.SamVisionConfig()
+    assert RELEASED.sam is not None
+    assert RELEASED.sam.layers == default.num_hidden_layers
+    assert list(RELEASED.sam.global_layers) == default.global_attn_indexes
 
 
 @pytest.mark.slow
