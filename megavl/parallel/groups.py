@@ -27,6 +27,8 @@ _FIELDS = (
     *("expt_dp", "intra_expt_dp", "expt_tp", "tp_ep", "tp_ep_pp", "intra_dist_opt"),
 )
 """Groups that some part of megatron-core asks a collection for (facts: the optimizer and checkpoints ask for most)."""
+_small_messages: list[ProcessGroup] = []
+"""The gloo groups beside NCCL's, to be destroyed with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,12 @@ def destroy_groups(*, leave_world: bool = True) -> None:
     Args:
         leave_world: also leave `torch.distributed`; a world made from torchrun's environment can be joined once only.
     """
-    parallel_state.destroy_model_parallel()
+    formed = [*(parallel_state._global_process_group_list or ()), *_small_messages]
+    parallel_state.destroy_model_parallel()  # forgets its groups, does not destroy them; a gloo group has a thread
+    _small_messages.clear()
+    for group in formed:
+        if group is not None:  # None: the world
+            dist.destroy_process_group(group)
     if leave_world and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -165,6 +172,7 @@ def _collect(parallel: ParallelConfig, device: torch.device, backend: str, timeo
     if backend != "gloo":  # small CPU messages must not go through NCCL
         gloo_world = dist.new_group(backend="gloo", timeout=timeout)
         gloo_model = _gloo_model_group(parallel, timeout)
+        _small_messages.extend(group for group in (gloo_world, gloo_model) if group is not None)
     assert gloo_world is not None
     assert gloo_model is not None
     return Groups(
