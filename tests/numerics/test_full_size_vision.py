@@ -34,7 +34,7 @@ def test_released_depth() -> None:
     default = transformers.SamVisionConfig()
     assert RELEASED.sam is not None
     assert RELEASED.sam.layers == default.num_hidden_layers
-    assert list(RELEASED.sam.global_layers) == default.global_attn_indexes
+    assert list(RELEASED.sam.global_layers) == list(default.global_attn_indexes)
 
 
 @pytest.mark.slow
