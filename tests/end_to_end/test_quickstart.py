@@ -24,7 +24,7 @@ COMMAND += ["--share", "0.03", "--split", "validation"]  # 320 digits to train o
 
 
 def _start(folder: Path, **more: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", **more}
     return subprocess.Popen(
         COMMAND, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -93,6 +93,7 @@ def test_tuning_keeps_the_fastest_that_is_right(table, monkeypatch):
     spills = SimpleNamespace(spill_bytes=8)
 
     def gate(op, device, dtypes):
+        assert dtypes == (torch.bfloat16,)  # what is timed is what is held to the reference
         return "wrong" if 2048 in [tried["BLOCK"] for tried in configurations._trials.values()] else ""
 
     monkeypatch.setattr(tuning, "compile_variant", lambda variant, _: spills if variant.num_warps == 4 else None)

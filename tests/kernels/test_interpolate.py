@@ -35,7 +35,7 @@ def test_equals_reference(shape, size, dtype, device):
 sides = st.integers(1, 12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(i=st.integers(1, 2), c=st.integers(1, 20), y=sides, x=sides, rows=sides, columns=sides)
 def test_any_ratio(i, c, y, x, rows, columns):
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,12 +5,23 @@ that buckets of overlapped reduction and Adam's moments carry over; `megavl/trai
 is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from layouts import LAYOUTS, MESSAGES, MODEL, RECOMPUTE, STEP_NAMES, TOLERANCE, VISION_LAYOUTS, compare, save_reference
+from layouts import (
+    LAYOUTS,
+    MESSAGES,
+    MODEL,
+    RECOMPUTE,
+    STEP_NAMES,
+    TOLERANCE,
+    VISION_LAYOUTS,
+    compare,
+    micro_batches,
+    save_reference,
+)
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -24,18 +35,25 @@ from megavl.parallel import gradients, vision_placement
 from megavl.parallel.vision_ahead import AheadEncoder
 from megavl.parallel.vision_placement import TensorGroupImages
 from megavl.training import optimizer
-from megavl.training.freeze import TRAINED
 from megavl.training.parity import Comparison
+
+Reference = Callable[[int, tuple[int, ParallelConfig]], str]
+"""Training stage and layout -> file with the plain loop's records of the same batches."""
 
 
 @pytest.fixture(scope="module")
-def references(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """Training stage -> file with the plain loop's records."""
+def reference(world: World, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Runs the plain loop where it has not run before."""
     folder: Path = tmp_path_factory.mktemp("references")
-    paths = {stage: str(folder / f"stage{stage}.pt") for stage in TRAINED}
-    for stage, path in paths.items():
-        world.run(save_reference, stage, path, ranks=1)
-    return paths
+
+    def records(stage: int, layout: tuple[int, ParallelConfig]) -> str:
+        count = micro_batches(*layout)
+        path = folder / f"stage{stage}_{count}.pt"
+        if not path.exists():
+            world.run(save_reference, stage, count, str(path), ranks=1)
+        return str(path)
+
+    return records
 
 
 def check(comparison: Comparison) -> list[float]:
@@ -51,10 +69,10 @@ def check(comparison: Comparison) -> list[float]:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_equals_one_process(
-    world: World, references: dict[int, str], differences: dict[str, list[float]], layout: str, stage: int
+    world: World, reference: Reference, differences: dict[str, list[float]], layout: str, stage: int
 ) -> None:
     ranks, parallel = LAYOUTS[layout]
-    comparison = world.run(compare, stage, parallel, references[stage], ranks=ranks)[0]
+    comparison = world.run(compare, stage, parallel, reference(stage, (ranks, parallel)), ranks=ranks)[0]
     differences[f"{layout}, stage {stage}"] = [step.worst() for step in comparison.steps]
     check(comparison)
 
@@ -62,36 +80,36 @@ def test_layout_equals_one_process(
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("layout", VISION_LAYOUTS)
 def test_vision_placement_equals_one_process(
-    world: World, references: dict[int, str], differences: dict[str, list[float]], layout: str, stage: int
+    world: World, reference: Reference, differences: dict[str, list[float]], layout: str, stage: int
 ) -> None:
     """With SigLIP frozen, which then may run ahead, and trained; stage 2 treats the towers as stage 1 does."""
     ranks, parallel = VISION_LAYOUTS[layout]
-    comparison = world.run(compare, stage, parallel, references[stage], ranks=ranks)[0]
+    comparison = world.run(compare, stage, parallel, reference(stage, (ranks, parallel)), ranks=ranks)[0]
     differences[f"{layout}, stage {stage}"] = [step.worst() for step in comparison.steps]
     check(comparison)
 
 
 @pytest.mark.parametrize("layout", ["tp2pp2sp", "dp2 overlap"])
-def test_language_pretraining_leaves_the_towers_alone(world: World, references: dict[int, str], layout: str) -> None:
+def test_language_pretraining_leaves_the_towers_alone(world: World, reference: Reference, layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
-    check(world.run(compare, 0, parallel, references[0], ranks=ranks)[0])
+    check(world.run(compare, 0, parallel, reference(0, (ranks, parallel)), ranks=ranks)[0])
 
 
 @pytest.mark.parametrize("layout", RECOMPUTE)
 def test_recomputing_activations_changes_nothing(
-    world: World, references: dict[int, str], differences: dict[str, list[float]], layout: str
+    world: World, reference: Reference, differences: dict[str, list[float]], layout: str
 ) -> None:
     ranks, parallel = RECOMPUTE[layout]
-    comparison = world.run(compare, 3, parallel, references[3], ranks=ranks)[0]
+    comparison = world.run(compare, 3, parallel, reference(3, (ranks, parallel)), ranks=ranks)[0]
     differences[f"{layout}, stage 3"] = check(comparison)
 
 
 @pytest.mark.parametrize("layout", MESSAGES)
 def test_how_messages_travel_changes_nothing(
-    world: World, references: dict[int, str], differences: dict[str, list[float]], layout: str
+    world: World, reference: Reference, differences: dict[str, list[float]], layout: str
 ) -> None:
     ranks, parallel = MESSAGES[layout]
-    comparison = world.run(compare, 3, parallel, references[3], ranks=ranks)[0]
+    comparison = world.run(compare, 3, parallel, reference(3, (ranks, parallel)), ranks=ranks)[0]
     differences[f"{layout}, stage 3"] = check(comparison)
 
 
@@ -127,11 +145,9 @@ def patched(owner: object, name: str, fault: object) -> Iterator[None]:
         setattr(owner, name, sound)
 
 
-def test_the_comparison_sees_gradients_that_are_a_group_size_too_large(
-    world: World, references: dict[int, str]
-) -> None:
+def test_the_comparison_sees_gradients_that_are_a_group_size_too_large(world: World, reference: Reference) -> None:
     ranks, parallel = LAYOUTS["tp2sp"]
-    comparison = world.run(compare_with_summed_towers, 3, parallel, references[3], ranks=ranks)[0]
+    comparison = world.run(compare_with_summed_towers, 3, parallel, reference(3, (ranks, parallel)), ranks=ranks)[0]
     image = comparison.steps[STEP_NAMES.index("image")]
     doubled = {name for name, difference in image.gradients.items() if difference == pytest.approx(1, abs=0.01)}
     assert any(name.startswith("first_stage.towers.siglip") for name in doubled)
@@ -203,10 +219,10 @@ def take_stale(self: AheadEncoder, micro_batches: Sequence[MicroBatch]) -> dict[
     ],
 )
 def test_the_comparison_sees_faults_of_placement(
-    world: World, references: dict[int, str], fault: str, layout: str, factor: float | None
+    world: World, reference: Reference, fault: str, layout: str, factor: float | None
 ) -> None:
     ranks, parallel = VISION_LAYOUTS[layout]
-    comparison = world.run(compare_with, fault, 2, parallel, references[2], ranks=ranks)[0]
+    comparison = world.run(compare_with, fault, 2, parallel, reference(2, (ranks, parallel)), ranks=ranks)[0]
     text, image = comparison.steps[0], comparison.steps[STEP_NAMES.index("image")]
     assert text.worst() <= TOLERANCE
     wrong = {n: d for n, d in image.gradients.items() if n.startswith("first_stage.") and "embedding" not in n}
@@ -218,24 +234,28 @@ def test_the_comparison_sees_faults_of_placement(
     assert bool(comparison.drifted) == (fault == "unmarked")
 
 
-def test_the_comparison_sees_a_norm_that_counts_copies(world: World, references: dict[int, str]) -> None:
+def test_the_comparison_sees_a_norm_that_counts_copies(world: World, reference: Reference) -> None:
     """Two tensor ranks hold copies of the towers and of the decoder's norms."""
     ranks, parallel = LAYOUTS["tp2sp"]
-    comparison = world.run(compare_with, "counted by all", 3, parallel, references[3], ranks=ranks)[0]
+    path = reference(3, (ranks, parallel))
+    comparison = world.run(compare_with, "counted by all", 3, parallel, path, ranks=ranks)[0]
     text, image = comparison.steps[0], comparison.steps[STEP_NAMES.index("image")]
     assert max(text.gradients.values()) <= TOLERANCE < min(text.grad_norms["decoder"], text.grad_norm)
     assert image.grad_norms["siglip"] == pytest.approx(2**0.5 - 1, abs=0.01)
 
 
-def test_the_comparison_sees_features_of_an_earlier_step(world: World, references: dict[int, str]) -> None:
+def test_the_comparison_sees_features_of_an_earlier_step(world: World, reference: Reference) -> None:
     ranks, parallel = VISION_LAYOUTS["pp2 split_model"]
-    steps = world.run(compare_with, "stale", 2, parallel, references[2], ranks=ranks)[0].steps
+    path = reference(2, (ranks, parallel))
+    steps = world.run(compare_with, "stale", 2, parallel, path, ranks=ranks)[0].steps
     at = STEP_NAMES.index("image")
     assert max(step.worst() for step in steps[: at + 1]) <= TOLERANCE
     assert steps[at + 1].loss > 1e-4
 
 
-def test_overlapped_reduction_needs_the_zero_gradients(world: World, references: dict[int, str]) -> None:
+def test_overlapped_reduction_needs_the_zero_gradients(world: World, reference: Reference) -> None:
     ranks, parallel = LAYOUTS["dp2 overlap"]
     with pytest.raises(WorldError):
-        world.run(compare_without_zero_gradients, 3, parallel, references[3], ranks=ranks, timeout_s=60)
+        world.run(
+            compare_without_zero_gradients, 3, parallel, reference(3, (ranks, parallel)), ranks=ranks, timeout_s=60
+        )

@@ -17,19 +17,21 @@ from world import World
 from megavl.config import KernelsConfig, OptimConfig, ParallelConfig
 from megavl.data.microbatch import StepBatch
 from megavl.model.build import build_stages
+from megavl.model.vision.adaptor import make_adaptor
+from megavl.model.vision.tower import SAM_ADAPTOR_PREFIXES, VisionTowers
 from megavl.parallel.gradients import wrap_stages
 from megavl.parallel.groups import destroy_groups, init_groups
 from megavl.parallel.random_state import seed_everything
 from megavl.planning.calibrate import calibrate
 from megavl.planning.costs import Case, part_costs
-from megavl.planning.dilated_steps import LAYOUTS as TRAINED
+from megavl.planning.dilated_steps import LAYOUTS as DILATED
 from megavl.planning.dilated_steps import step_pairs
 from megavl.planning.emulate import KINDS, LAYOUTS, emulate_step, example_seconds
 from megavl.planning.hardware import HARDWARE, read_calibration
-from megavl.planning.memory import layer_bytes, rank_memory
+from megavl.planning.memory import head_bytes, layer_bytes, rank_memory, vision_bytes
 from megavl.planning.simulate import simulate
 from megavl.training.flops import StepCounts
-from megavl.training.freeze import apply_freeze
+from megavl.training.freeze import TRAINED, apply_freeze
 from megavl.training.optimizer import make_optimizer
 from megavl.training.step import train_step
 from megavl.training.synthetic_batches import global_batch, share
@@ -97,13 +99,17 @@ def test_state_of_a_rank(world: World, ranks: int, fields: dict[str, Any], stage
         assert optimizer == pytest.approx(estimate.optimizer, rel=slack, abs=0)
 
 
-def saved_bytes(recompute: str) -> int:
-    """Bytes that one decoder layer keeps for its backward pass: what two more layers add to what is saved."""
+VOCAB = 2048
+"""So many that the logits are nearly all of what is kept behind the layers."""
+
+
+def saved_bytes(recompute: str) -> tuple[int, int]:
+    """Bytes kept for the backward pass: by a decoder layer, which is what two more layers add, and by all the rest."""
     found = []
     for layers in (2, 4):
         parallel = ParallelConfig(device="cpu", recompute=recompute)  # type: ignore[arg-type]
         groups = init_groups(parallel)
-        model = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, layers=layers))
+        model = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, layers=layers, vocab=VOCAB))
         (stage,) = build_stages(model, parallel, dtype=torch.bfloat16, seed=1, pg=groups.pg, device=groups.device)
         apply_freeze([stage], 2)
         parameters = {p.untyped_storage().data_ptr() for p in stage.parameters()}
@@ -121,15 +127,54 @@ def saved_bytes(recompute: str) -> int:
         del loss
         found.append(sum(storages.values()))
         destroy_groups(leave_world=False)
-    return (found[1] - found[0]) // 2
+    layer = (found[1] - found[0]) // 2
+    return layer, found[0] - 2 * layer
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_activations_of_a_layer(world: World, recompute: str) -> None:
-    """What a real layer saves, plain PyTorch, bf16, against the estimate."""
-    (real,) = world.run(saved_bytes, recompute, ranks=1)
+def test_activations_of_a_layer_and_of_the_head(world: World, recompute: str) -> None:
+    """What they really save, plain PyTorch, bf16, against the estimate."""
+    ((layer, rest),) = world.run(saved_bytes, recompute, ranks=1)
     parallel = ParallelConfig(device="cpu", recompute=recompute)  # type: ignore[arg-type]
-    assert layer_bytes(case(parallel, 2, "bf16"), 64) == pytest.approx(real, rel=0.05)
+    setting = case(parallel, 2, "bf16")
+    assert layer_bytes(setting, 64) == pytest.approx(layer, rel=0.05)
+    wide = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, vocab=VOCAB))
+    assert head_bytes(dataclasses.replace(setting, model=wide), COUNTS) == pytest.approx(rest, rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_activations_of_the_towers(stage: int, recompute: bool) -> None:
+    """What towers and adaptor of two images really save, against an estimate that may be half as much again."""
+    towers = VisionTowers(MODEL, recompute=recompute)
+    vision = torch.nn.ModuleDict({"towers": towers, "adaptor": make_adaptor(MODEL)}).to(torch.bfloat16)
+    for name, parameter in vision.named_parameters():
+        parameter.requires_grad_(TRAINED[stage][component_of(name)])
+    own = {p.untyped_storage().data_ptr() for p in vision.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return tensor
+
+    pixels = torch.rand(2, 3, MODEL.image_size, MODEL.image_size)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = vision["adaptor"](*towers(pixels))
+    real = sum(storage.nbytes() for storage in saved.values())
+    estimate = vision_bytes(case(ParallelConfig(device="cpu", recompute_vision=recompute), stage, "bf16"), 2)
+    assert features.requires_grad
+    assert 0.9 * real <= estimate <= 1.5 * real
+
+
+def component_of(name: str) -> str:
+    """Of a parameter of towers and adaptor, as in the freeze table."""
+    if name.startswith("adaptor."):
+        return "aligner"
+    if name.startswith("towers.siglip."):
+        return "siglip"
+    return "sam_adaptor" if name.removeprefix("towers.sam.").startswith(SAM_ADAPTOR_PREFIXES) else "sam"
 
 
 UNIT_S = 0.003
@@ -162,7 +207,7 @@ def test_schedule_against_the_real_one(world: World, pipeline: int, virtual: int
 
 def test_training_steps_against_their_passes(world: World) -> None:
     """On paper, passes as long as they really were never take longer than the real step, whatever the load."""
-    for pairs in world.run(step_pairs, TRAINED[5], 1.2, 1, ranks=2):
+    for pairs in world.run(step_pairs, DILATED[5], 1.2, 1, ranks=2):
         assert all(0 < pair.ran.scheduled <= pair.ran.real for pair in pairs.values()), pairs
         assert 0 < pairs["text"].planned < pairs["mixed"].planned < pairs["image"].planned
 

@@ -34,7 +34,7 @@ def test_every_rank_reports_the_totals_of_the_global_batch(world: World, layout:
     results = world.run(totals, parallel, ranks=ranks)
     assert all(r == results[0] for r in results)
     for result, case in zip(results[0], ("image", "mixed"), strict=True):
-        batch = global_batch(MODEL, case)
+        batch = global_batch(MODEL, case, micro_batches=4)
         labels = {m: sum(int((b.labels != IGNORE).sum()) for b in batch if b.modality == m) for m in result.loss_tokens}
         assert result.loss_tokens == labels
         assert result.supervised_tokens == sum(labels.values())
@@ -250,9 +250,10 @@ def test_it_does_not_matter_how_the_global_batch_is_cut(world: World, case: Case
 def twenty_steps(parallel: ParallelConfig) -> tuple[list[float], list[float], list[float], list[str]]:
     """Losses, gradient norms, megatron-core's norms of the clipped gradients, drifted copies of 20 bf16 steps."""
     trainer = Trainer(parallel, dtype=torch.bfloat16)
+    count = 2 * trainer.groups.data_size
     results, clipped = [], []
     for n in range(20):
-        results.append(trainer.step(("image", "mixed", "text", "packed")[n % 4], micro_batches=4))
+        results.append(trainer.step(("image", "mixed", "text", "packed")[n % 4], micro_batches=count))
         clipped.append(float(trainer.optimizer.get_grad_norm()))
     drifted = replicas_differ(unwrap(trainer.chunks), trainer.groups.pg.tp)
     return [r.loss for r in results], [r.grad_norm for r in results], clipped, drifted

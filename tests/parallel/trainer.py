@@ -32,7 +32,7 @@ class Trainer:
         self.chunks = wrap_stages(self.stages, parallel, self.groups)
         self.optimizer = make_optimizer(self.chunks, PARITY_OPTIM, parallel, self.groups)
 
-    def step(self, case: Case, micro_batches: int = 8, **options: Any) -> StepResult:
+    def step(self, case: Case, micro_batches: int = 4, **options: Any) -> StepResult:
         whole = global_batch(MODEL, case, micro_batches=micro_batches)
         batch = share(whole, self.groups.data_rank, self.groups.data_size)
         step = StepBatch(step=0, language_rows=0, micro_batches=batch)

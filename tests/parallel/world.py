@@ -25,10 +25,12 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from unittest import mock
 
 COLLECTIVE_TIMEOUT_S = 180
 """A collective that waits longer than this raises on its rank: far beyond what a busy machine makes ranks wait."""
@@ -153,6 +155,8 @@ def _context() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megavl.training.step"])
+    with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):  # as in end_to_end/small_run.py
+        forkserver.ensure_running()
     return context
 
 

@@ -65,6 +65,7 @@ def test_compiled_towers_change_nothing() -> None:
         assert compiled == len(stage.first_stage.towers.sam.blocks) + len(stage.first_stage.towers.siglip.blocks)
         got = losses_and_gradients(stage)
         assert list(stage.state_dict()) == names
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # they did run compiled
         assert not torch._dynamo.utils.counters["graph_break"]
         for (loss, gradients), (wanted, reference) in zip(got, expected, strict=True):
             assert loss == pytest.approx(wanted, rel=1e-5)
