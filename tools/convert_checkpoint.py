@@ -34,9 +34,11 @@ _CONSOLE = Console(highlight=False, soft_wrap=True)
 
 def main(arguments: Sequence[str]) -> int:
     """Convert, or show how; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     request = _request(options)
     try:
+        _refuse_what_is_not_used(parser, options)
         if options.dry_run:
             _show(plan(request), options.show)
             return 0
@@ -76,6 +78,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     parser.add_argument("--show", type=int, default=5, metavar="N", help="first and last N tensors of a plan")
     return parser
+
+
+_OF_ONE_FORMAT = {
+    "megatron-ranks": ("tensor", "pipeline", "virtual_pipeline", "layout"),
+    "hf-transformers": ("names",),
+}
+"""Format -> options that no other has."""
+
+
+def _refuse_what_is_not_used(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Options about the target that its format does not have.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    for form, names in _OF_ONE_FORMAT.items():
+        for name in names:
+            value = getattr(options, name)
+            if form != options.to and value != parser.get_default(name):
+                raise CheckpointError(f"--{name.replace('_', '-')} {value} is for --to {form}, not --to {options.to}")
 
 
 def _request(options: argparse.Namespace) -> Request:

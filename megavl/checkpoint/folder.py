@@ -163,14 +163,17 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The checkpoint's description.
 
     Raises:
-        CheckpointError: it has none: the folder was not written by training.
+        CheckpointError: it has none (the folder was not written by training), or a damaged one.
     """
     try:
-        return json.loads((folder / STATE).read_text())
+        state = json.loads((folder / STATE).read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {STATE}, so it holds model weights but no training state") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / STATE}: not valid JSON ({error})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{folder / STATE}: a {type(state).__name__}, not the description of a checkpoint")
+    return state
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

@@ -109,6 +109,9 @@ def _open(path: Path, tokenizer: str) -> tuple[Path, dict[str, Any]]:
     """The checkpoint that `path` means and its description."""
     folder = folders.find_checkpoint(path)
     description = folders.read_state(folder)
+    missing = [name for name in ("step", "adam_step", "layout", "extra") if name not in description]
+    if missing:
+        raise CheckpointError(f"{folder / folders.STATE}: it lacks {', '.join(missing)}")
     _check_tokenizer(folder, description, tokenizer)
     return folder, description
 

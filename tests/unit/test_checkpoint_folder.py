@@ -132,3 +132,9 @@ def test_space_is_checked_with_both_numbers(tmp_path: Path) -> None:
     folder.check_space(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"needs 1,000,000,000,000,000,000 bytes, the disk has [\d,]+ free"):
         folder.check_space(tmp_path, 10**18)
+
+
+def test_a_description_that_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"state.json: a list, not the description of a checkpoint"):
+        folder.read_state(tmp_path)

@@ -72,3 +72,19 @@ def test_one_sentence_for_what_cannot_be(source: Path, capsys: pytest.CaptureFix
     assert convert_checkpoint.main([str(source), str(source.parent / "t"), *layout]) == 1
     assert "4" in capsys.readouterr().err
     assert inspect_checkpoint.main([str(source.parent)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--to", "megatron-dist", "--tensor", "2"], "--tensor 2 is for --to megatron-ranks, not --to megatron-dist"),
+        (["--to", "hf-transformers", "--layout", "1,2"], "--layout 1,2 is for --to megatron-ranks"),
+        (["--to", "megatron-ranks", "--names", "4.56"], "--names 4.56 is for --to hf-transformers"),
+    ],
+)
+def test_options_of_another_format(
+    source: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    assert convert_checkpoint.main([str(source), str(source.parent / "t"), *options]) == 1
+    assert sentence in capsys.readouterr().err
+    assert not (source.parent / "t").exists()
