@@ -24,6 +24,7 @@ from megavl.checkpoint.reader import load, load_model
 from megavl.checkpoint.writer import CheckpointWriter
 from megavl.config import Recipe, validate
 from megavl.data.loader import make_loader
+from megavl.data.mixture import order_changes
 from megavl.data.tokenizer import Tokenizer
 from megavl.evaluate.perplexity import held_out_perplexities, length_multiple
 from megavl.model.build import build_stages
@@ -193,7 +194,11 @@ def start_state(
     if newest is None:
         return optimizer, 0, origin
     loaded = load(newest, chunks, optimizer, groups, seed=recipe.stage.seed, tokenizer=tokenizer.fingerprint)
-    return optimizer, loaded.step, f"checkpoint {newest}"
+    changes = "".join(
+        f"\n{change}: from here on rows come in another order, some twice, others not at all"
+        for change in order_changes(recipe, loaded.recipe)
+    )
+    return optimizer, loaded.step, f"checkpoint {newest}{changes}"
 
 
 def open_reports(

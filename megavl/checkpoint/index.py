@@ -76,6 +76,23 @@ def read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
+def check_files(folder: Path) -> None:
+    """See that every file is there as far as the index reaches; what a full disk or a copy cut short leaves is not.
+
+    Raises:
+        CheckpointError: as `read_index`, or names the file.
+    """
+    ends: dict[str, int] = {}
+    for place in (read_metadata(folder).storage_data or {}).values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in ends.items():
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(f"{path}: is missing, {INDEX} refers to it")
+        if path.stat().st_size < end:
+            raise CheckpointError(f"{path}: it has {path.stat().st_size} bytes, {INDEX} refers to {end}")
+
+
 def tensor_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     """What an index says of each tensor; objects that are none are passed over."""
     entries = metadata.state_dict_metadata.items()

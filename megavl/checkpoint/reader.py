@@ -18,7 +18,7 @@ from torch import nn
 from megavl.checkpoint import folder as folders
 from megavl.checkpoint.agreement import attempt, on_rank_zero, raise_together
 from megavl.checkpoint.folder import CheckpointError
-from megavl.checkpoint.index import check_tensors, read_index
+from megavl.checkpoint.index import check_files, check_tensors, read_index
 from megavl.checkpoint.optimizer_state import MASTER_PREFIX, load_optimizer_state, optimizer_state
 from megavl.checkpoint.state import (
     RANDOM_KEY,
@@ -48,6 +48,8 @@ class Loaded:
     """The values given to `save`."""
     same_layout: bool
     """Whether it was saved under this layout; then the random state is the saved one, otherwise a new seed."""
+    recipe: dict[str, Any]
+    """The recipe of the run that saved it, as JSON has it; empty where it was saved without."""
 
 
 def load(
@@ -81,7 +83,13 @@ def load(
         restore_random_state(read_random_state(_load_tensors(request, folder, shapes, groups)[RANDOM_KEY]))
     else:
         seed_everything(seed + step, groups)
-    return Loaded(folder=folder, step=step, extra=description["extra"], same_layout=same_layout)
+    return Loaded(
+        folder=folder,
+        step=step,
+        extra=description["extra"],
+        same_layout=same_layout,
+        recipe=description.get("recipe", {}),
+    )
 
 
 def load_model(path: Path, chunks: Sequence[nn.Module], groups: Groups, *, tokenizer: str = "") -> Path:
@@ -112,6 +120,7 @@ def _open(path: Path, tokenizer: str) -> tuple[Path, dict[str, Any]]:
     missing = [name for name in ("step", "adam_step", "layout", "extra") if name not in description]
     if missing:
         raise CheckpointError(f"{folder / folders.STATE}: it lacks {', '.join(missing)}")
+    check_files(folder)
     _check_tokenizer(folder, description, tokenizer)
     return folder, description
 
@@ -121,6 +130,7 @@ def _find_weights(path: Path, tokenizer: str) -> Path:
     folder = folders.find_checkpoint(path)
     if (folder / folders.STATE).exists():
         _check_tokenizer(folder, folders.read_state(folder), tokenizer)
+    check_files(folder)
     return folder
 
 

@@ -14,14 +14,20 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
-from megavl.config import DataConfig, Modality, SourceConfig, StageConfig
+from megavl.config import DataConfig, Modality, Recipe, SourceConfig, StageConfig
 from megavl.data.order import ModalitySchedule, Shares, exact, order_key, shuffled
 from megavl.data.rows import Part, SampleStore, SourceRows, make_rows
 
 MODALITIES: tuple[Modality, Modality] = ("language", "multimodal")
+_ORDER = {
+    "stage": ("seed", "global_batch"),
+    "data": ("seq_length", "length_counts", "packing", "grouping", "language_warmup"),
+}
+"""Section -> fields that decide, beside the sources, which rows make a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,27 @@ class RowSpec:
     """Tokens after images are expanded."""
     num_images: int
     """Images of all parts."""
+
+
+def order_changes(recipe: Recipe, before: Mapping[str, Any]) -> list[str]:
+    """What a resumed run would read in another order than the run that it continues: a sentence per field.
+
+    Args:
+        recipe: the run.
+        before: the recipe that the checkpoint was saved with, as JSON has it; of an absent field nothing is said.
+    """
+    sentences = []
+    for section, names in _ORDER.items():
+        warming = section == "stage" and recipe.data.language_warmup > 0  # over a fraction of all steps
+        for name in (*names, "steps") if warming else names:
+            was, now = before.get(section, {}).get(name), getattr(getattr(recipe, section), name)
+            if was is not None and was != now:
+                sentences.append(f"{section}.{name} was {was}, now {now}")
+    drawn = [f"{s.name} {s.share:g}" for s in recipe.data.sources]
+    listed = [f"{s['name']} {s['share']:g}" for s in before.get("data", {}).get("sources", ())]
+    if listed and listed != drawn:
+        sentences.append(f"data.sources were {', '.join(listed)}, now {', '.join(drawn)}")
+    return sentences
 
 
 class StepPlan:

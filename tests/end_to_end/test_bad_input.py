@@ -105,6 +105,14 @@ def mismatched_images(root: Path) -> tuple[str, ...]:
     return "--data.sources.1.path", str(root / "mismatched"), "--stage.steps", "2", "--stage.number", "1"
 
 
+def cut_checkpoint(root: Path) -> tuple[str, ...]:
+    """A copy that was cut short."""
+    copy = shutil.copytree(root / "whole", root / "cut_run")
+    file = max(copy.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:100])
+    return "--checkpoint.init_from", str(copy)
+
+
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -113,6 +121,7 @@ def mismatched_images(root: Path) -> tuple[str, ...]:
         (strange_corpus, ["strange", "tokenizer", "ffffffffffff"]),
         (mismatched_images, ["source images, sample 0: 1 image placeholders in the tokens, 2 images"]),
         (lambda _: ("--data.seq_length", "12"), ["source images: sample", "tokens, data.seq_length is 12"]),
+        (cut_checkpoint, [".distcp: it has 100 bytes, .metadata refers to"]),
         (
             lambda root: ("--checkpoint.init_from", f"{root}/whole", "--model.decoder.ffn", "64"),
             ["linear_fc1", "(96, 32) there", "(128, 32) in this model"],

@@ -1,7 +1,8 @@
 """The step plan: a pure function of the step, with the scheduled modalities and the shares of the report."""
 
+import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from small_stores import make_recipe
 
 from megavl.config import Modality, Recipe, SourceConfig
-from megavl.data.mixture import RowSpec, StepPlan
+from megavl.data.mixture import RowSpec, StepPlan, order_changes
 from megavl.data.plan_report import describe_plan, padding_share
 from megavl.data.rank_batch import RankPlace
 
@@ -162,6 +163,30 @@ def test_a_sample_longer_than_the_sequence_is_named_with_both_numbers() -> None:
 def test_no_share_at_all_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"shares of 1 data.sources sum to 0.0"):
         make_plan({"pictures": ("multimodal", 0.0)})
+
+
+def test_a_resumed_run_tells_what_reads_its_rows_in_another_order() -> None:
+    recipe = make_recipe(
+        (
+            SourceConfig(name="text", path="there", modality="language", share=0.7),
+            SourceConfig(name="pairs", path="here", modality="multimodal", share=0.3),
+        )
+    )
+    before = json.loads(json.dumps(asdict(recipe)))
+    longer = replace(recipe, stage=replace(recipe.stage, steps=recipe.stage.steps + 1))
+    assert order_changes(recipe, before) == order_changes(longer, before) == order_changes(recipe, {}) == []
+    first, second = recipe.data.sources
+    other = replace(
+        recipe,
+        stage=replace(longer.stage, seed=99),
+        data=replace(recipe.data, language_warmup=0.5, sources=(replace(first, share=0.6), replace(second, share=0.4))),
+    )
+    assert order_changes(other, before) == [
+        f"stage.seed was {recipe.stage.seed}, now 99",
+        f"stage.steps was {recipe.stage.steps}, now {recipe.stage.steps + 1}",
+        "data.language_warmup was 0.0, now 0.5",
+        "data.sources were text 0.7, pairs 0.3, now text 0.6, pairs 0.4",
+    ]
 
 
 def test_the_report_of_the_plan() -> None:
