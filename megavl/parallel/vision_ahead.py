@@ -67,7 +67,7 @@ class AheadEncoder:
         self.own = own_images(groups)
         """Images that this rank encodes."""
         self.shapes = encoded_shapes(model, frozen)
-        self.limit = images_ahead(model, parallel, frozen, self.dtype)
+        self.limit = images_ahead(model, parallel, frozen, self.dtype.itemsize)
         """Images of a step, from its first on, that are encoded here; micro-batches with a later one are not."""
         self.side = SideStream(groups.device)
         self._begun: tuple[Sequence[MicroBatch], dict[str, Tensor]] | None = None
@@ -232,12 +232,17 @@ def own_images(groups: Groups) -> ImageShare:
     return ImageShare(every=groups.tensor_size * groups.pipeline_size, first=place)
 
 
-def images_ahead(model: ModelConfig, parallel: ParallelConfig, frozen: Collection[str], dtype: torch.dtype) -> int:
+def encoded_bytes(model: ModelConfig, frozen: Collection[str], element: int) -> int:
+    """Bytes of an image's features, of `element` bytes a number."""
+    return sum(math.prod(shape) for shape in encoded_shapes(model, frozen).values()) * element
+
+
+def images_ahead(model: ModelConfig, parallel: ParallelConfig, frozen: Collection[str], element: int) -> int:
     """Images of a step, from its first on, for which `parallel.vision_ahead_mib` has room: n on each of tp * pp ranks.
 
     A first-stage rank holds most: pp * n features of the step in hand and n of its own of the next.
     """
-    per_image = sum(math.prod(shape) for shape in encoded_shapes(model, frozen).values()) * dtype.itemsize
+    per_image = encoded_bytes(model, frozen, element)
     each = (parallel.vision_ahead_mib << 20) // (per_image * (parallel.pipeline + 1)) if per_image else 0
     return each * parallel.tensor * parallel.pipeline
 

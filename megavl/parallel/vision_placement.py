@@ -92,6 +92,6 @@ def pixel_rule(
     return PixelRule(
         rest=column,
         ahead=column if first and trained else own_images(groups),
-        limit=images_ahead(model, parallel, frozen, dtype),
+        limit=images_ahead(model, parallel, frozen, dtype.itemsize),
         answers=first or not trained,
     )

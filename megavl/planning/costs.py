@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from megavl.config import KernelsConfig, ModelConfig, ParallelConfig, SamConfig
 from megavl.model.layer_split import split_layers
+from megavl.parallel import vision_ahead
+from megavl.parallel.vision_ahead import encoded_bytes
 from megavl.planning.hardware import Hardware
 from megavl.training.flops import StepCounts, Terms, decoder_flops, image_flops
 from megavl.training.freeze import TRAINED
@@ -166,16 +168,15 @@ def ahead_s(case: Case, images: int) -> float:
 
 
 def ahead_bytes(case: Case) -> int:
-    """Bytes of an image's features that run ahead: SAM's neck map and first global block, SigLIP's output."""
-    sam, siglip, parts = case.model.sam, case.model.siglip, ahead_parts(case)
-    elements = sam.grid**2 * (sam.neck + sam.width) if sam is not None and "sam" in parts else 0
-    return case.element * (elements + (siglip.grid**2 * siglip.width if "siglip" in parts else 0))
+    """Bytes of an image's features that run ahead."""
+    return encoded_bytes(case.model, ahead_parts(case), case.element)
 
 
 def images_ahead(case: Case, images: int) -> int:
-    """Of a step's images on one data-parallel rank, those whose features fit `parallel.vision_ahead_mib`, about."""
-    held = ahead_bytes(case)
-    return min(images, case.parallel.tensor * ((case.parallel.vision_ahead_mib << 20) // held)) if held else 0
+    """Of a step's images on one data-parallel rank, those for whose features there is room, about."""
+    if not ahead_bytes(case):
+        return 0
+    return min(images, vision_ahead.images_ahead(case.model, case.parallel, ahead_parts(case), case.element))
 
 
 def images_of_a_rank(case: Case, images: int) -> int:

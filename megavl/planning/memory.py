@@ -107,8 +107,8 @@ def vision_bytes(case: Case, images: int) -> float:
         sam = model.sam
         first, second = (sam.upsample // 2) ** 2 * sam.downsample[0], (sam.upsample // 4) ** 2 * sam.downsample[1]
         branch = sam.grid**2 * (sam.width + 4 * sam.neck)
-        path = sam.upsample**2 * sam.neck + first + second  # twice: main and side branch
-        elements += images_of_a_rank(case, images) * (branch + 2 * path)
+        path = sam.upsample**2 * sam.neck + first + second
+        elements += images_of_a_rank(case, images) * (branch + 2 * path)  # inputs, and results before the next step
     if "aligner" in trained:
         high = model.sam.downsample[1] if model.sam is not None else 0
         width = model.siglip.width + high + 3 * model.decoder.hidden
@@ -140,8 +140,10 @@ def _rank_memory(
         held += sum(vision[name] for name in ahead_parts(case))
     state = 8 + (4 if case.dtype == "bf16" else 0)
     sizes = [activation_bytes(case, place, counts) for place in places]
-    images = images_ahead(case, counts.images * micro_batches) if rank == 0 else 0
-    features = -(-images // case.parallel.tensor) * ahead_bytes(case)
+    images = images_ahead(case, counts.images * micro_batches)
+    tensor, pipeline = case.parallel.tensor, case.parallel.pipeline
+    of_step = -(-images // tensor) if rank == 0 else 0
+    features = (of_step + -(-images // (tensor * pipeline))) * ahead_bytes(case)  # of this step, and own of the next
     flights = min(micro_batches, 2 * len(places))  # more change nothing; a multiple of the pipeline where that is asked
     return RankMemory(
         parameters=case.element * held,

@@ -116,9 +116,7 @@ def vision_line(recipe: Recipe) -> str:
         return f"{line}; no tower is frozen, so none runs ahead of the schedule"
     ranks = parallel.tensor * parallel.pipeline
     who = f"all {ranks} ranks of a copy" if ranks > 1 else "the one rank of a copy"
-    limit = images_ahead(
-        recipe.model, parallel, frozen, torch.bfloat16 if recipe.stage.dtype == "bf16" else torch.float32
-    )
+    limit = images_ahead(recipe.model, parallel, frozen, 2 if recipe.stage.dtype == "bf16" else 4)
     cache = f", features kept in {parallel.vision_cache}" if parallel.vision_cache else ""
     return (
         f"{line}; {' and '.join(ahead)} ({sum(ahead.values()):,} parameters) run ahead of the schedule on {who}, for "

@@ -63,7 +63,7 @@ def test_a_rank_decodes_what_it_reads(size: str, stage: int, vision: Any, tensor
     parallel = ParallelConfig(
         tensor=tensor, pipeline=pipeline, vision=vision, vision_ahead_mib=budget if vision == "split_model" else 0
     )
-    limit = images_ahead(model, parallel, frozen, torch.float32)
+    limit = images_ahead(model, parallel, frozen, 4)
     if vision == "split_model" and shapes:
         assert BEFORE[4] <= limit < BEFORE[-1]  # some micro-batches lie within it
     answered: list[int] = []
@@ -84,6 +84,6 @@ def test_the_budget_holds_this_step_and_the_next() -> None:
     model, frozen = SIZES["7b"], frozen_components(2)
     per_image = 2 * (256 * 64 * 64 + 64 * 64 * 768 + 24 * 24 * 1024)
     parallel = ParallelConfig(tensor=2, pipeline=2, vision="split_model")
-    images = images_ahead(model, parallel, frozen, torch.bfloat16)
+    images = images_ahead(model, parallel, frozen, 2)
     assert images % 4 == 0
     assert (images / 2 + images / 4) * per_image <= 4096 * 2**20 < ((images + 4) / 2 + (images + 4) / 4) * per_image

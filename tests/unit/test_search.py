@@ -170,11 +170,12 @@ def test_features_that_run_ahead_are_those_of_the_encoder(stage: int) -> None:
     frozen = {"sam", "siglip"} - setting.trained
     per_image = sum(math.prod(shape) for shape in encoded_shapes(setting.model, frozen).values()) * setting.element
     assert ahead_bytes(setting) == per_image
-    assert images_ahead(setting, 10_000) == 2 * ((4096 << 20) // per_image)
+    assert images_ahead(setting, 10_000) == 4 * ((4096 << 20) // (3 * per_image))
     assert images_ahead(setting, 12) == 12
     here = case(stage=stage, vision="split_tensor", tensor=2, pipeline=2)
-    held = [rank_memory(one, ROW, micro_batches=8, data=1)[0].activations for one in (setting, here)]
-    assert held[0] - held[1] == 16 * per_image
+    ahead, beside = (rank_memory(one, ROW, micro_batches=8, data=1) for one in (setting, here))
+    extra = [(a.activations - b.activations) / per_image for a, b in zip(ahead, beside, strict=True)]
+    assert extra == [16 + 8, 8]  # 32 images: a tensor rank's half, and a quarter of the next step's
 
 
 def test_a_full_rank_gives_layers_away() -> None:
