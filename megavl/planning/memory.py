@@ -108,7 +108,7 @@ def vision_bytes(case: Case, images: int) -> float:
         first, second = (sam.upsample // 2) ** 2 * sam.downsample[0], (sam.upsample // 4) ** 2 * sam.downsample[1]
         branch = sam.grid**2 * (sam.width + 4 * sam.neck)
         path = sam.upsample**2 * sam.neck + first + second
-        elements += images_of_a_rank(case, images) * (branch + 2 * path)  # inputs, and results before the next step
+        elements += images_of_a_rank(case, images) * (branch + 2 * path)  # twice: so held to built models
     if "aligner" in trained:
         high = model.sam.downsample[1] if model.sam is not None else 0
         width = model.siglip.width + high + 3 * model.decoder.hidden
