@@ -16,6 +16,7 @@ A rank that raises, dies or hangs fails the call with every traceback that is kn
 Workers that might be stuck are killed and started anew by the next call.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -168,6 +169,7 @@ def _work(connection: Connection) -> None:
     import megavl.training.step  # noqa: F401  imports megatron-core, which takes seconds
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported need not be looked through when a call's groups are collected
     connection.send_bytes(b"ready")
     while True:
         try:
