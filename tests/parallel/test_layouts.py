@@ -250,7 +250,7 @@ def test_the_comparison_sees_features_of_an_earlier_step(world: World, reference
     steps = world.run(compare_with, "stale", 2, parallel, path, ranks=ranks)[0].steps
     at = STEP_NAMES.index("image")
     assert max(step.worst() for step in steps[: at + 1]) <= TOLERANCE
-    assert steps[at + 1].loss > 1e-4
+    assert max(step.loss for step in steps[at + 1 :]) > 1e-4
 
 
 def test_overlapped_reduction_needs_the_zero_gradients(world: World, reference: Reference) -> None:
