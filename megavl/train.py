@@ -22,7 +22,7 @@ from megavl.checkpoint.agreement import on_rank_zero
 from megavl.checkpoint.folder import find_newest
 from megavl.checkpoint.reader import load, load_model
 from megavl.checkpoint.writer import CheckpointWriter
-from megavl.config import Recipe, validate
+from megavl.config import Recipe
 from megavl.data.loader import make_loader
 from megavl.data.mixture import order_changes
 from megavl.data.tokenizer import Tokenizer
@@ -46,6 +46,7 @@ from megavl.training.loop import Run, run_steps
 from megavl.training.metrics import Metrics, start_logging
 from megavl.training.optimizer import make_optimizer
 from megavl.training.stopping import StopRequest, fail
+from megavl.validate import validate
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megavl.config import Recipe, validate
+from megavl.config import Recipe
 from megavl.model.sizes import count_parameters
 from megavl.parallel.validate import check_layout
 from megavl.planning.data_check import DataReport, check_data
@@ -30,6 +30,7 @@ from megavl.planning.report import plan_lines
 from megavl.planning.search import USABLE, Plan, plan_layout, plan_sizes
 from megavl.recipe import parse_command_line
 from megavl.training.freeze import TRAINED
+from megavl.validate import validate
 
 FASTER = 0.01
 """Another split, placement or recomputation is named if the given one takes this much longer."""

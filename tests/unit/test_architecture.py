@@ -22,10 +22,23 @@ ALLOWED = {
     "checkpoint": {"config", "data", "model", "parallel", "training", "checkpoint"},
     "training": {"config", "data", "ops", "model", "parallel", "checkpoint", "evaluate", "training", "recipe"},
     "recipe": {"config"},
+    "validate": {"config"},
     "generate": {"config", "data", "model", "parallel", "training", "checkpoint", "generate"},
     "evaluate": {"config", "data", "model", "parallel", "training", "checkpoint", "generate", "evaluate"},
-    "planning": {"config", "data", "ops", "model", "parallel", "training", "recipe", "planning"},
-    "train": {"config", "data", "ops", "model", "parallel", "planning", "training", "checkpoint", "evaluate", "recipe"},
+    "planning": {"config", "data", "ops", "model", "parallel", "training", "recipe", "validate", "planning"},
+    "train": {
+        "config",
+        "data",
+        "ops",
+        "model",
+        "parallel",
+        "planning",
+        "training",
+        "checkpoint",
+        "evaluate",
+        "recipe",
+        "validate",
+    },
 }
 """Station -> the stations it may import. `data` gives `MicroBatch` to those above it and imports none of them."""
 

@@ -7,11 +7,11 @@ from types import ModuleType
 
 import pytest
 
-from megavl.config import validate
 from megavl.model.sizes import SIZES
 from megavl.parallel.validate import check_layout
 from megavl.recipe import parse_command_line
 from megavl.training.flops import StepCounts, step_flops
+from megavl.validate import validate
 
 ROOT = Path(__file__).parents[2]
 ALONE = ["--parallel.tensor", "1", "--parallel.pipeline", "1", "--parallel.sequence", "False", "--parallel.layout", ""]

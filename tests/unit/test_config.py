@@ -13,9 +13,9 @@ from megavl.config import (
     Recipe,
     SourceConfig,
     StageConfig,
-    validate,
 )
 from megavl.model.sizes import SIZES
+from megavl.validate import validate
 
 
 def base(size: str = "tiny_hybrid") -> Recipe:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from megavl.config import SourceConfig, validate
+from megavl.config import SourceConfig
 from megavl.model.sizes import SIZES
 from megavl.parallel.validate import check_layout
 from megavl.recipe import load_recipe
 from megavl.training.schedule import learning_rate
+from megavl.validate import validate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
