@@ -1,11 +1,13 @@
 """Real training steps of a small model with ranks slowed down evenly, beside what the planner says of them.
 
-In: a layout, and how many images each micro-batch holds, in a started world of CPU ranks. Out: a `StepPair` per kind of
-step. The real step is the whole one (towers, adaptor, decoder, loss, backward pass, reduction, optimizer), with
-`training/dilated_clock.py` in place of the clock, so that ranks do not compete for the cores of a small machine. What
-is planned comes from parts of the model that are timed here, `planning/calibrate.py`, at the pace of the run: on all
-ranks at once, with the same rests, as a core that was left for a while has lost what its caches held (forward pass of a
-decoder layer, medians, busy machine: 6.0 ms in a loop, 6.9 to 8.7 ms so).
+In: a layout, and how many images each micro-batch holds, in a started world of CPU ranks. Out: a `RanStep` per kind of
+step, and what was planned for it. The real step is the whole one (towers, adaptor, decoder, loss, backward pass,
+reduction, optimizer), with `training/dilated_clock.py` in place of the clock, so that ranks do not compete for the
+cores of a small machine. What is planned comes from parts of the model that are timed here, `planning/calibrate.py`, at
+the pace of the run: on all ranks at once, with the same rests, as a core that was left for a while has lost what its
+caches held (forward pass of a decoder layer, medians, busy machine: 6.0 ms in a loop, 6.9 to 8.7 ms so). The pace of a
+small machine changes by a tenth or two within minutes, so parts are timed before every run and the plan takes the
+median of all timings.
 
 Another load on the machine that leaves a rank less than 1 / `factor` of a core makes its passes too long (`crowding`).
 Such a step says nothing about a device per rank and is run again, a few times.
@@ -16,6 +18,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, median
 from typing import Any
 
 import torch.distributed as dist
@@ -36,7 +39,7 @@ from megavl.parallel.groups import Groups, destroy_groups, init_groups
 from megavl.planning.calibrate import time_parts
 from megavl.planning.costs import Case
 from megavl.planning.estimate import mixed_step_s
-from megavl.planning.hardware import HARDWARE, Hardware, measured_rates
+from megavl.planning.hardware import HARDWARE, measured_rates
 from megavl.planning.schedule import rank_tasks
 from megavl.planning.simulate import simulate
 from megavl.training.dilated_clock import DilatedClock
@@ -86,6 +89,8 @@ IMAGES: dict[str, tuple[int, ...]] = {"text": (0,), "image": (2,), "mixed": (0, 
 
 Seconds = list[list[float]]
 """[m][s]."""
+Timing = dict[str, Any]
+"""Part of the model -> its work and seconds, as in a calibration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +103,6 @@ class RanStep:
     """Seconds from the times of its own passes: the schedule on paper, and the optimizer as it ran."""
     crowding: float
     """How many times longer than they should the passes of a rank took, the worst rank."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepPair:
-    """A step as it was planned, and as it ran."""
-
-    planned: float
-    """Seconds from the times of the model's parts: costs, schedule, reduction, update."""
-    ran: RanStep
-    """The least crowded of the tries."""
 
 
 class DilatedRun:
@@ -176,50 +171,72 @@ class DilatedRun:
         return simulate(forward, backward, pipeline=pipeline, virtual=virtual).step_s
 
 
-def step_pairs(parallel: ParallelConfig, factor: float, tries: int = TRIES) -> dict[str, StepPair]:
-    """Time the parts, then run a step of each kind of `IMAGES`; all ranks must call it.
+def run_steps(parallel: ParallelConfig, factor: float, tries: int = TRIES) -> dict[str, RanStep]:
+    """A step of each kind of `IMAGES`, of several tries the least crowded; all ranks must call it.
 
     Args:
         parallel: layout.
         factor: times slower.
         tries: steps that are run at most until one is not crowded.
     """
-    case = Case(model=MODEL, stage=2, parallel=parallel, hardware=calibrated(factor), dtype="fp32")
     groups = init_groups(parallel)
     run = DilatedRun(parallel, groups, factor)
-    micro_batches = ROWS // groups.data_size
     run.step([1] * parallel.pipeline)  # the first step makes the optimizer's state
-    pairs = {}
-    for kind, pattern in IMAGES.items():
-        images = [pattern[index % len(pattern)] for index in range(micro_batches)]
+    steps = {}
+    for kind in IMAGES:
+        images = images_of(kind, groups.data_size)
         ran = [run.step(images)]
         while len(ran) < tries and ran[-1].crowding >= CROWDED:  # which is the same on every rank
             ran.append(run.step(images))
-        calmest = min(ran, key=lambda step: step.crowding)
-        planned = mixed_step_s(case, [row_counts(count) for count in images], groups.data_size)
-        pairs[kind] = StepPair(planned=planned, ran=calmest)
+        steps[kind] = min(ran, key=lambda step: step.crowding)
     destroy_groups(leave_world=False)
-    return pairs
+    return steps
 
 
-def calibrated(factor: float) -> Hardware:
-    """A rank's device, from times on all ranks at the pace of the run; the mean over them. All ranks must call it."""
+def planned_s(parallel: ParallelConfig, kind: str, timings: Sequence[Timing], factor: float, ranks: int) -> float:
+    """Seconds of a step of `IMAGES` from the times of the model's parts: costs, schedule, reduction, update.
+
+    Args:
+        parallel: layout.
+        kind: of step.
+        timings: from `time_device`; the median counts.
+        factor: times slower.
+        ranks: of the world.
+    """
+    parts = {
+        name: {
+            "work": part["work"],
+            "seconds": {d: median(t[name]["seconds"][d] for t in timings) for d in ("forward", "backward")},
+        }
+        for name, part in timings[0].items()
+    }
+    base = HARDWARE["cpu"]
+    hardware = dataclasses.replace(base, bandwidth=base.bandwidth / factor, measured=measured_rates(parts))
+    case = Case(model=MODEL, stage=2, parallel=parallel, hardware=hardware, dtype="fp32")
+    data = ranks // parallel.pipeline
+    return mixed_step_s(case, [row_counts(count) for count in images_of(kind, data)], data)
+
+
+def time_device(factor: float) -> Timing:
+    """Times of the model's parts, on all ranks at the pace of a run; the mean over them. All ranks must call it."""
     groups = init_groups(ParallelConfig(device="cpu"))
     found = time_parts(MODEL, groups, tokens=TOKENS, layers=LAYERS_TIMED, images=IMAGES_TIMED, rest=factor - 1)
     every: list[Any] = [None] * groups.world_size
     dist.all_gather_object(every, found["parts"], group=groups.gloo_world)
     destroy_groups(leave_world=False)
-    parts = {
+    return {
         name: {
             "work": part["work"],
-            "seconds": {
-                d: factor * sum(p[name]["seconds"][d] for p in every) / len(every) for d in ("forward", "backward")
-            },
+            "seconds": {d: factor * fmean(p[name]["seconds"][d] for p in every) for d in ("forward", "backward")},
         }
         for name, part in found["parts"].items()
     }
-    base = HARDWARE["cpu"]
-    return dataclasses.replace(base, bandwidth=base.bandwidth / factor, measured=measured_rates(parts))
+
+
+def images_of(kind: str, data: int) -> list[int]:
+    """Of each micro-batch of one of `data` data-parallel ranks, [m]."""
+    pattern = IMAGES[kind]
+    return [pattern[index % len(pattern)] for index in range(ROWS // data)]
 
 
 def row_counts(images: int) -> StepCounts:

@@ -24,8 +24,8 @@ from megavl.parallel.groups import destroy_groups, init_groups
 from megavl.parallel.random_state import seed_everything
 from megavl.planning.calibrate import calibrate
 from megavl.planning.costs import Case, part_costs
+from megavl.planning.dilated_steps import IMAGES, planned_s, run_steps, time_device
 from megavl.planning.dilated_steps import LAYOUTS as DILATED
-from megavl.planning.dilated_steps import step_pairs
 from megavl.planning.emulate import KINDS, LAYOUTS, emulate_step, example_seconds
 from megavl.planning.hardware import HARDWARE, read_calibration
 from megavl.planning.memory import head_bytes, layer_bytes, rank_memory, vision_bytes
@@ -207,9 +207,11 @@ def test_schedule_against_the_real_one(world: World, pipeline: int, virtual: int
 
 def test_training_steps_against_their_passes(world: World) -> None:
     """On paper, passes as long as they really were never take longer than the real step, whatever the load."""
-    for pairs in world.run(step_pairs, DILATED[5], 1.2, 1, ranks=2):
-        assert all(0 < pair.ran.scheduled <= pair.ran.real for pair in pairs.values()), pairs
-        assert 0 < pairs["text"].planned < pairs["mixed"].planned < pairs["image"].planned
+    timing = world.run(time_device, 1.2, ranks=2)[0]
+    planned = {kind: planned_s(DILATED[5], kind, [timing], 1.2, 2) for kind in IMAGES}
+    assert 0 < planned["text"] < planned["mixed"] < planned["image"]
+    for steps in world.run(run_steps, DILATED[5], 1.2, 1, ranks=2):
+        assert all(0 < step.scheduled <= step.real for step in steps.values()), steps
 
 
 def calibrated(path: str) -> dict[str, Any]:
