@@ -15,9 +15,9 @@ count, without those in which another load left too little of the cores. Two for
 if both are, the schedule is. Where every repeat of a step was crowded, the table says by how much its passes took too
 long; the real step is then longer than planned, which a larger dilation or a quieter machine cures.
 
-Measured on an idle machine of two cores, twice 18 rows: real over `scheduled` 1.005 to 1.015; real over `planned` 0.98
-to 1.32 with one timing of the parts per layout, 0.99 to 1.23 (15 rows within 15%) with the median of all timings, as
-now: the same pass takes up to a fifth longer from one minute to the next there, and layouts closer than that swap.
+Measured on an idle machine of two cores (18 rows): real over `scheduled` 1.005 to 1.010, real over `planned` 0.99 to
+1.23, 15 rows within 15%. The same pass takes up to a fifth longer from one minute to the next there, and layouts closer
+than that swap, so the exit status was 1.
 
 Exit status: 0 if every ratio is within 15% and the layouts rank alike in both, 1 otherwise.
 """
