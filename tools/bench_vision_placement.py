@@ -21,13 +21,14 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from megavl.config import DecoderConfig, ModelConfig, ParallelConfig, SamConfig, SiglipConfig, VisionPlacement
+from megavl.config import DecoderConfig, ModelConfig, ParallelConfig, VisionPlacement
 from megavl.data.microbatch import StepBatch
 from megavl.model.build import build_stages
 from megavl.parallel.gradients import wrap_stages
 from megavl.parallel.groups import Groups, destroy_groups, init_groups
 from megavl.parallel.random_state import seed_everything
 from megavl.parallel.vision_ahead import make_ahead_encoder
+from megavl.planning.dilated_steps import MODEL
 from megavl.training.freeze import apply_freeze, frozen_components
 from megavl.training.optimizer import make_optimizer
 from megavl.training.reference_steps import PARITY_OPTIM
@@ -84,25 +85,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def cpu_model(towers: int) -> ModelConfig:
-    """A small model whose towers take a large part of a step."""
-    return ModelConfig(
+    """A small model whose towers take a large part of a step: the simulator check's, `towers` times deeper."""
+    sam = MODEL.sam
+    assert sam is not None
+    return replace(
+        MODEL,
         decoder=DecoderConfig(layers=4, hidden=256, heads=8, kv_heads=8, ffn=704, vocab=1024),
-        siglip=SiglipConfig(image_size=128, patch_size=16, width=128, layers=4 * towers, heads=4, mlp=512),
-        sam=SamConfig(
-            image_size=256,
-            patch_size=16,
-            width=128,
-            layers=4 * towers,
-            heads=4,
-            mlp=512,
-            window=7,
-            global_layers=(1, 3),
-            neck=64,
-            upsample=32,
-            downsample=(64, 64),
-        ),
-        adaptor="hybrid",
-        background=(127, 127, 127),
+        siglip=replace(MODEL.siglip, layers=towers * MODEL.siglip.layers),
+        sam=replace(sam, layers=towers * sam.layers),
     )
 
 
